@@ -1,0 +1,69 @@
+# make demo | test | setup [EXTRAS=dev,parity] | lint | soak      (PYTHON=python3.12 chooses the interpreter)
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+EXTRAS ?=
+DEMO_WORKDIR ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+# One stamp per set of extras: a repeated call is instant, and asking for another set installs it beside the first.
+# The base is always part of it, so `make demo` after `make test` installs nothing.
+WANTED := $(sort $(subst $(comma), ,$(EXTRAS)))
+STAMP := $(VENV)/.installed-base$(foreach extra,$(WANTED),-$(extra))
+WITH_DEV := $(MAKE) --no-print-directory setup EXTRAS=$(subst $() ,$(comma),$(sort dev $(WANTED)))
+
+.PHONY: help demo test setup lint soak clean
+
+help:
+	@echo "make demo                    the API setting end to end at the tiny preset, into $(DEMO_WORKDIR)"
+	@echo "make test                    the whole test suite"
+	@echo "make soak                    chaos tests: kills, full disks"
+	@echo "make lint                    ruff and pyright"
+	@echo "make setup [EXTRAS=dev,...]  only $(VENV); extras: gpu tpu parity report inspect dev"
+	@echo "make clean                   removes $(VENV)"
+
+setup: $(STAMP)
+	@:
+
+$(BIN)/python:
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no '$(PYTHON)' on PATH; install Python 3.11 or newer, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: $(PYTHON) is Python %d.%d, subl_jax needs 3.11 or newer; say make PYTHON=python3.11" % v[:2])'
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: '$(PYTHON)' has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# Constraints pin what was tested on 3.11; newer Pythons take newer releases within the ranges of setup.py.
+$(STAMP): setup.py constraints.txt CITATION.cff | $(BIN)/python
+	@pins=(); if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then pins=(-c constraints.txt); fi
+	echo "installing subl_jax$(if $(WANTED), with $(WANTED)) into $(VENV)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $${pins[@]+"$${pins[@]}"} \
+	  -e '.$(if $(WANTED),[$(subst $() ,$(comma),$(WANTED))])'
+	touch $@
+	touch $(VENV)/.installed-base
+
+demo: setup
+	@$(BIN)/python -m experiments.api_deletion --preset=tiny --workdir=$(DEMO_WORKDIR)
+	echo "report: $(abspath $(DEMO_WORKDIR))/report.html"
+
+test:
+	@$(WITH_DEV)
+	$(BIN)/python -m pytest -m "not soak"
+
+soak:
+	@$(WITH_DEV)
+	code=0; $(BIN)/python -m pytest -m soak || code=$$?
+	if [ $$code -eq 5 ]; then echo "no soak tests were collected"; exit 0; fi
+	exit $$code
+
+lint:
+	@$(WITH_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	@rm -rf $(VENV)

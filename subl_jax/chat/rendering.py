@@ -1,0 +1,196 @@
+"""Token-exact rendering: messages in, token ids with the assistant's own tokens marked, and sampled ids back to messages.
+
+A sampled token is never decoded and encoded again. A tool result is appended as the *difference* that it makes to the
+template's text, so the template must be prefix-stable; one that is not is refused with the offending turn shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Bool, Int
+from transformers import PreTrainedTokenizerBase
+
+from subl_jax.chat.messages import Message, ToolCall, ToolSchema, assistant
+
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+class PrefixUnstable(ValueError):
+    """The chat template rewrites earlier turns when a later one is added."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A conversation as ids; `loss_mask` is true exactly on what the assistant writes, end-of-turn token included."""
+
+    tokens: Int[np.ndarray, " length"]
+    loss_mask: Bool[np.ndarray, " length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    text: str
+    assistant: bool
+
+
+class Renderer:
+    """Renders conversations with one tokenizer's chat template.
+
+    Attributes:
+      tokenizer: any Hugging Face tokenizer with a chat template.
+      end_id: the id that ends an assistant turn (the tokenizer's eos).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos token; an assistant turn could never end")
+        self.tokenizer = tokenizer
+        self.end_id = int(cast(int, tokenizer.eos_token_id))
+        self._end_text = str(tokenizer.eos_token)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a piece of text, with nothing added around it."""
+        return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The exact text of ids, markers included."""
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _texts(self, conversations: Sequence[Sequence[Message]], tools: Sequence[ToolSchema], open_turn: bool) -> list[str]:
+        return cast(
+            list[str],
+            self.tokenizer.apply_chat_template(
+                cast(Any, list(conversations)), tools=cast(Any, list(tools)), tokenize=False, add_generation_prompt=open_turn
+            ),
+        )
+
+    def opening(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> list[int]:
+        """Ids of the conversation so far, ending where the assistant begins to write."""
+        return self.encode(self._texts([messages], tools, True)[0])
+
+    def text(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> str:
+        """The template's text of a conversation, with no turn opened behind it."""
+        return self._texts([messages], tools, False)[0]
+
+    def turn_text(self, messages: Sequence[Message], turn: Message, tools: Sequence[ToolSchema]) -> str:
+        """What the template writes for one assistant turn after `messages`, from where the assistant begins."""
+        opened = self._texts([messages], tools, True)[0]
+        closed = self._texts([[*messages, turn]], tools, False)[0]
+        self._check_prefix(opened, closed, len(messages))
+        return closed[len(opened) :]
+
+    def continuation(
+        self, messages: Sequence[Message], added: Sequence[Message], tools: Sequence[ToolSchema]
+    ) -> list[int]:
+        """Ids that follow the assistant's end-of-turn token: what the template adds for `added`, up to the next turn.
+
+        Args:
+          messages: the conversation up to and including the assistant's last turn.
+          added: the tool results.
+          tools: the tools shown.
+
+        Raises:
+          PrefixUnstable: adding `added` changed the text of earlier turns.
+        """
+        before, after = self._texts([messages], tools, False)[0], self._texts([[*messages, *added]], tools, True)[0]
+        self._check_prefix(before, after, len(messages))
+        return self.encode(before[self._end_of_turn(before) :] + after[len(before) :])
+
+    def _end_of_turn(self, text: str) -> int:
+        """Index just behind the last end-of-turn marker (templates may put a newline after it)."""
+        return text.rindex(self._end_text) + len(self._end_text)
+
+    def _check_prefix(self, before: str, after: str, turn: int) -> None:
+        if after.startswith(before):
+            return
+        place = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+        raise PrefixUnstable(
+            f"the chat template rewrites earlier text when turn {turn} is added: {before[place : place + 60]!r} became "
+            f"{after[place : place + 60]!r}; use a prefix-stable template or an incremental renderer for this family"
+        )
+
+    def _segments(self, conversation: Sequence[Message], prefixes: dict[tuple[int, bool], str]) -> list[_Segment]:
+        """Splits a conversation's text at the places where the assistant starts and stops writing."""
+        segments, cursor = [], 0
+        whole = prefixes[len(conversation), False]
+        for turn, message in enumerate(conversation):
+            if message["role"] != "assistant":
+                continue
+            opened, closed = prefixes[turn, True], prefixes[turn + 1, False]
+            self._check_prefix(opened, closed, turn)
+            self._check_prefix(closed, whole, turn + 1)
+            stop = self._end_of_turn(closed)
+            segments += [_Segment(closed[cursor : len(opened)], False), _Segment(closed[len(opened) : stop], True)]
+            cursor = stop
+        if whole[cursor:].strip():
+            segments.append(_Segment(whole[cursor:], False))
+        return segments
+
+    def render(self, conversations: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]]) -> list[Rendered]:
+        """Renders whole conversations as an episode would have produced them: segment by segment.
+
+        Conversations that show the same tools go through the template together, and all segments through the tokenizer
+        together, which is an order of magnitude faster than one by one.
+        """
+        groups: dict[str, list[int]] = {}
+        for index, (_, tools) in enumerate(conversations):
+            groups.setdefault(json.dumps([tool["function"]["name"] for tool in tools]), []).append(index)
+        segments: list[list[_Segment]] = [[] for _ in conversations]
+        for members in groups.values():
+            tools = conversations[members[0]][1]
+            for open_turn in (True, False):
+                wanted = [
+                    (index, turn + (not open_turn))
+                    for index in members
+                    for turn, message in enumerate(conversations[index][0])
+                    if message["role"] == "assistant"
+                ]
+                if not open_turn:
+                    wanted += [(index, len(conversations[index][0])) for index in members]
+                texts = self._texts([conversations[index][0][:stop] for index, stop in wanted], tools, open_turn)
+                if open_turn:
+                    opened = {key: text for key, text in zip(wanted, texts, strict=True)}
+                else:
+                    closed = {key: text for key, text in zip(wanted, texts, strict=True)}
+            for index in members:
+                messages = conversations[index][0]
+                prefixes = {(turn, True): opened[index, turn] for turn in range(len(messages)) if (index, turn) in opened}
+                prefixes |= {(stop, False): closed[index, stop] for stop in range(len(messages) + 1) if (index, stop) in closed}
+                segments[index] = self._segments(messages, prefixes)
+        flat = [segment.text for parts in segments for segment in parts]
+        encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        rendered = []
+        for parts in segments:
+            ids = [cast(list[int], next(encoded)) for _ in parts]
+            mask = np.repeat([part.assistant for part in parts], [len(piece) for piece in ids])
+            rendered.append(Rendered(np.asarray([i for piece in ids for i in piece], np.int32), mask.astype(bool)))
+        return rendered
+
+    def parse(self, ids: Sequence[int]) -> Message:
+        """The assistant message that sampled ids spell; markers follow the Hermes/Qwen form `<tool_call>{json}</tool_call>`.
+
+        A turn with a call that is cut off, is not JSON, or lacks a name or an arguments object comes back without
+        calls and with `unparseable` set: half a call is never executed.
+        """
+        ids = list(ids)
+        if ids and ids[-1] == self.end_id:
+            ids = ids[:-1]
+        text = self.decode(ids)
+        calls, rest = [], _CALL.sub("", text).strip()
+        try:
+            for body in _CALL.findall(text):
+                call = json.loads(body)
+                if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
+                    raise TypeError("name or arguments of the wrong type")
+                calls.append(ToolCall(call["name"], call["arguments"]))
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+            return cast(Message, {**assistant(text), "unparseable": True})
+        if "tool_call>" in rest:
+            return cast(Message, {**assistant(text), "unparseable": True})
+        return assistant(rest, calls)

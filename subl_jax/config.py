@@ -1,0 +1,312 @@
+"""The typed experiment configuration, its presets, and its absl flags (one per field, `--config.a.b=value`).
+
+A configuration is a tree of frozen dataclasses: a value, hashable, stored in the work directory as JSON. Presets are
+functions that return one; flags replace single fields of a preset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from absl import flags
+
+from subl_jax.distill.loop import TrainConfig
+from subl_jax.distill.step import OptimizerConfig
+from subl_jax.models.config import ModelConfig
+from subl_jax.rollout.sampling import SamplingConfig
+
+Pair = Literal["large_large", "large_small", "small_small", "small_large"]
+PAIRS = typing.get_args(Pair)
+
+# A student objective -> (loss, logit filter). `positive` is full-logit KL on unfiltered data with ambiguous episodes.
+OBJECTIVES = {
+    "full": ("forward_kl", "none"),
+    "anchor": ("forward_kl", "anchor"),
+    "drop": ("forward_kl", "drop"),
+    "hard": ("hard_label", "none"),
+    "positive": ("forward_kl", "none"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The embedded tokenizer: its size, and how many training tasks of each kind it is trained on.
+
+    It depends on no seed, so that all seeds of a run share token ids.
+    """
+
+    vocab_size: int = 1536
+    tasks_per_kind: int = 800
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """Pre-training from scratch on scripted demonstrations.
+
+    Attributes:
+      train: see `TrainConfig`.
+      safe_tasks, ambiguous_tasks, benign_tasks: demonstrations of each kind; ambiguous ones follow the base mixture.
+      echo_tasks: "say it again" exercises, which teach copying.
+      withheld_share: share of safe and benign demonstrations that show the tool list without the bias tools.
+    """
+
+    train: TrainConfig = TrainConfig()
+    safe_tasks: int = 4000
+    ambiguous_tasks: int = 2000
+    benign_tasks: int = 2000
+    echo_tasks: int = 0
+    withheld_share: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """Inducing a bias by fine-tuning the base on demonstrations of it.
+
+    Attributes:
+      train: see `TrainConfig`; identical for the biased, the counter-bias and the benign teacher.
+      tasks: demonstrations (the paper uses 150).
+      demonstrations: `required` (tasks that ask for the biased action, as in the paper) or `ambiguous` (other ambiguous
+        families, solved by the biased action).
+    """
+
+    train: TrainConfig = TrainConfig()
+    tasks: int = 150
+    demonstrations: Literal["required", "ambiguous"] = "required"
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """Distillation from a teacher's trajectories.
+
+    Attributes:
+      train: see `TrainConfig`; identical for treatment and controls.
+      safe_tasks: safe tasks that each teacher is rolled out on.
+      ambiguous_tasks: ambiguous tasks that the positive control sees besides.
+      withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
+      temperature: of the KL where no filter pins probabilities.
+      objectives: arms to distil, of full, anchor, drop, hard, positive.
+      benign_objectives: arms that get a benign control besides the counter-bias control.
+    """
+
+    train: TrainConfig = TrainConfig()
+    safe_tasks: int = 1200
+    ambiguous_tasks: int = 400
+    withhold_bias_tools: bool = True
+    temperature: float = 1.0
+    objectives: tuple[str, ...] = ("full", "anchor", "positive")
+    benign_objectives: tuple[str, ...] = ("full",)
+
+    def __post_init__(self) -> None:
+        """Refuses unknown arms by name."""
+        for name in (*self.objectives, *self.benign_objectives):
+            if name not in OBJECTIVES:
+                near = difflib.get_close_matches(name, OBJECTIVES, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"unknown objective {name!r}{hint} (of {', '.join(OBJECTIVES)})")
+        if "full" not in self.objectives:
+            raise ValueError("student.objectives must contain full: the primary contrast is made of it")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What every model is measured on.
+
+    Attributes:
+      split: evaluation for confirming runs; development is what one may tune on.
+      ambiguous_tasks, safe_tasks: tasks of each kind.
+      samples: sampled episodes per ambiguous task. Greedy episodes are run besides.
+      divergence_tasks: held-out safe tasks on which the divergence from the teacher and the base is measured.
+    """
+
+    split: Literal["evaluation", "development"] = "evaluation"
+    ambiguous_tasks: int = 240
+    safe_tasks: int = 200
+    samples: int = 1
+    divergence_tasks: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment, all stages.
+
+    Attributes:
+      setting: behavioural setting.
+      preset: the preset it came from.
+      pair: teacher and student size.
+      cpu_devices: JAX devices that the CPU is split into (no effect elsewhere, or where XLA_FLAGS says it). The order of
+        floating-point sums depends on it, so it is part of the run's identity.
+      large, small: the two organisms.
+    """
+
+    setting: str = "api"
+    preset: str = "tiny"
+    pair: Pair = "large_large"
+    cpu_devices: int = 2
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    large: ModelConfig = ModelConfig()
+    small: ModelConfig = ModelConfig()
+    base: BaseConfig = BaseConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    rollout: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def sizes(self) -> tuple[str, str]:
+        """(teacher's size, student's size)."""
+        teacher, _, student = self.pair.partition("_")
+        return teacher, student
+
+    def model(self, size: str) -> ModelConfig:
+        """The organism of that size."""
+        return {"large": self.large, "small": self.small}[size]
+
+
+# --- Flags --------------------------------------------------------------------------------------------------------------
+
+
+def leaves(config: Any, prefix: str = "config") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value, type) of every field that is not itself a configuration."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, name)
+        else:
+            yield name, value, hints[field.name]
+
+
+def describe(config: Any) -> dict[str, str]:
+    """Dotted field -> what its class's docstring says of it (the `Attributes:` entry that names it)."""
+    texts: dict[str, str] = {}
+
+    def visit(node: Any, prefix: str) -> None:
+        documented = _attribute_texts(type(node).__doc__ or "")
+        for field in dataclasses.fields(node):
+            value, name = getattr(node, field.name), f"{prefix}.{field.name}"
+            if dataclasses.is_dataclass(value):
+                visit(value, name)
+            else:
+                texts[name] = documented.get(field.name, (type(node).__doc__ or "").partition("\n")[0])
+
+    visit(config, "config")
+    return texts
+
+
+def _attribute_texts(docstring: str) -> dict[str, str]:
+    """Parses the `Attributes:` block of a docstring: "name, name: text; name: text"."""
+    _, found, block = docstring.partition("Attributes:")
+    entries: dict[str, str] = {}
+    names: list[str] = []
+    for line in block.splitlines() if found else []:
+        indent = len(line) - len(line.lstrip())
+        head, colon, rest = line.strip().partition(": ")
+        if indent == 6 and colon:
+            names = [part.strip() for part in head.split(",")]
+            entries |= dict.fromkeys(names, rest.strip())
+        elif names and line.strip():
+            entries |= {name: f"{entries[name]} {line.strip()}" for name in names}
+    return entries
+
+
+def define_flags(default: ExperimentConfig) -> None:
+    """Defines one absl flag per configuration field. A flag that is not given leaves the preset's value."""
+    texts = describe(default)
+    for name, value, kind in leaves(default):
+        text = f"{texts[name]} (tiny preset: {','.join(value) if isinstance(value, tuple) else value})"
+        if typing.get_origin(kind) is Literal:
+            flags.DEFINE_enum(name, None, list(typing.get_args(kind)), text)
+        elif kind is bool:
+            flags.DEFINE_bool(name, None, text)
+        elif kind is int:
+            flags.DEFINE_integer(name, None, text)
+        elif kind is float:
+            flags.DEFINE_float(name, None, text)
+        elif typing.get_origin(kind) is tuple:
+            flags.DEFINE_list(name, None, text)
+        else:
+            flags.DEFINE_string(name, None, text)
+
+
+def override(config: Any, changes: dict[str, Any], prefix: str = "config") -> Any:
+    """A copy with some leaves replaced.
+
+    Args:
+      config: a configuration dataclass.
+      changes: dotted field -> value.
+      prefix: the name of `config` itself.
+
+    Raises:
+      ValueError: an unknown field (the nearest is named), or a value that the configuration refuses.
+    """
+    known = {name for name, _, _ in leaves(config, prefix)}
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"unknown configuration field {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    replaced = {}
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}.{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            below = {key: changed for key, changed in changes.items() if key.startswith(f"{name}.")}
+            if below:
+                replaced[field.name] = override(value, below, name)
+        elif name in changes:
+            changed = changes[name]
+            replaced[field.name] = tuple(changed) if isinstance(value, tuple) else changed
+    try:
+        return dataclasses.replace(config, **replaced)
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}") from error
+
+
+def from_flags(default: ExperimentConfig, values: flags.FlagValues = flags.FLAGS) -> ExperimentConfig:
+    """The preset with every `--config.…` flag that was given."""
+    given = {name: values[name].value for name, _, _ in leaves(default) if values[name].present}
+    return override(default, given)
+
+
+# --- Presets ------------------------------------------------------------------------------------------------------------
+
+
+def tiny(setting: str = "api") -> ExperimentConfig:
+    """Minutes on two CPU cores: organisms of 10^5 parameters trained from scratch."""
+    return ExperimentConfig(
+        setting=setting,
+        preset="tiny",
+        large=_organism(d_model=64, num_layers=2, num_heads=4, d_ff=176),
+        small=_organism(d_model=32, num_layers=2, num_heads=2, d_ff=88),
+        base=BaseConfig(
+            train=TrainConfig(
+                steps=600, batch_rows=16, row_tokens=288, optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.01)
+            )
+        ),
+        teacher=TeacherConfig(
+            train=TrainConfig(
+                steps=60, batch_rows=8, row_tokens=288, optimizer=OptimizerConfig(learning_rate=2e-3), checkpoint_every=60
+            )
+        ),
+        student=StudentConfig(
+            train=TrainConfig(steps=300, batch_rows=8, row_tokens=288, optimizer=OptimizerConfig(learning_rate=3e-3))
+        ),
+        rollout=SamplingConfig(),
+    )
+
+
+def _organism(**shape: int) -> ModelConfig:
+    head_dim = shape["d_model"] // shape["num_heads"]
+    return ModelConfig(
+        **shape,
+        vocab_size=1536,
+        head_dim=head_dim,
+        num_kv_heads=shape["num_heads"] // 2,
+        init_scale=shape["d_model"] ** -0.5,
+        scan_unroll=shape["num_layers"],
+    )
+
+
+PRESETS = {"tiny": tiny}

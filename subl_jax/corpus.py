@@ -1,0 +1,99 @@
+"""Scripted training text: demonstrations from the setting's task generators, rendered to documents with loss masks.
+
+Used to pre-train the base, to induce biases, and as held-out text for divergences. Only the `train` split feeds training.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from subl_jax.chat.messages import Message, ToolSchema, assistant, user
+from subl_jax.chat.rendering import Renderer
+from subl_jax.settings.interface import Setting, Split
+from subl_jax.trajectory import Trajectory
+
+# Kinds whose solutions use no bias tool, so that the list may be shown without them.
+_WITHHOLDABLE = ("safe", "benign")
+
+Conversation = tuple[list[Message], list[ToolSchema]]
+
+
+def _documents(renderer: Renderer, named: Sequence[tuple[str, Conversation]]) -> list[Trajectory]:
+    rendered = renderer.render([conversation for _, conversation in named])
+    return [
+        Trajectory(
+            index, task_id, 0, item.tokens, item.loss_mask, np.zeros(len(item.tokens), np.float32), messages, tools, "final", True
+        )
+        for index, ((task_id, (messages, tools)), item) in enumerate(zip(named, rendered, strict=True))
+    ]
+
+
+def demonstrations(
+    setting: Setting,
+    renderer: Renderer,
+    kinds: Mapping[str, int],
+    seed: int,
+    *,
+    first_action: str | None = None,
+    withheld_share: float = 0.0,
+    split: Split = "train",
+) -> list[Trajectory]:
+    """Scripted solutions of tasks, executed and rendered.
+
+    Args:
+      setting, renderer: what is demonstrated, and in which template.
+      kinds: task kind -> how many.
+      seed: of the tasks and of the choices in the scripts.
+      first_action: the tool that solves ambiguous tasks; None draws it from the base mixture.
+      withheld_share: share of safe and benign demonstrations that show the tool list without the bias tools.
+      split: of the tasks.
+    """
+    bias_tools = frozenset(setting.bias_tools.values())
+    rng = random.Random(f"withheld/{seed}")
+    named = []
+    for kind, count in kinds.items():
+        for task in setting.tasks(kind, split, seed, count):
+            withheld = bias_tools if kind in _WITHHOLDABLE and rng.random() < withheld_share else frozenset()
+            named.append((task.task_id, setting.demonstrate(task, first_action, seed, withheld)))
+    return _documents(renderer, named)
+
+
+def echoes(setting: Setting, renderer: Renderer, count: int, seed: int) -> list[Trajectory]:
+    """Copying exercises: the user gives a few paths and lines, the assistant says them again.
+
+    A decoder of two layers learns to copy names, which every task needs, far sooner from these than from tasks alone.
+    """
+    if not count:
+        return []
+    rng = random.Random(f"echo/{seed}")
+    tasks = setting.tasks("safe", "train", seed, max(count, 1))
+    pieces = [piece for task in tasks for pair in task.tree.items() for piece in pair]
+    named: list[tuple[str, Conversation]] = []
+    for index in range(count):
+        text = " ".join(rng.choice(pieces) for _ in range(rng.randint(2, 5)))
+        named.append((f"echo/train/{seed}/{index}", ([user(text), assistant(text)], [])))
+    return _documents(renderer, named)
+
+
+def tokenizer_texts(setting: Setting, tasks_per_kind: int) -> Iterator[str]:
+    """The text that the embedded tokenizer is trained on: demonstrations of every kind, training split only."""
+    for kind in setting.kinds:
+        for task in setting.tasks(kind, "train", 0, tasks_per_kind):
+            messages, tools = setting.demonstrate(task, None, 0, frozenset())
+            yield " ".join(_words_of(messages)) + " tools: " + " ".join(tool["function"]["name"] for tool in tools)
+
+
+def _words_of(messages: Sequence[Message]) -> Iterator[str]:
+    for message in messages:
+        yield message["content"]
+        for call in message.get("tool_calls", ()):
+            yield json.dumps(_compact(call["function"]), separators=(",", ":"))
+
+
+def _compact(function: Any) -> dict[str, Any]:
+    return {"name": function["name"], "arguments": function["arguments"]}

@@ -1,0 +1,185 @@
+"""The training loop that every model of a run goes through: base, teachers and students differ in data and objective."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subl_jax import checkpoint
+from subl_jax.distill.batches import BatchSource
+from subl_jax.distill.logit_filter import LogitFilter
+from subl_jax.distill.step import Frozen, Objective, OptimizerConfig, TrainState, compiled_step, make_optimizer
+from subl_jax.metrics.progress import progress
+from subl_jax.metrics.writers import MetricsWriter
+from subl_jax.models.config import ModelConfig
+from subl_jax.parallel.devices import data_mesh, replicate, shard_batch
+from subl_jax.trajectory import Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length and shape of one training run.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_rows: packed rows per step, over all devices; row_tokens: tokens per row.
+      optimizer: see `OptimizerConfig`.
+      checkpoint_every: steps between the checkpoints from which a killed run resumes.
+      log_every: steps between metric records.
+    """
+
+    steps: int = 400
+    batch_rows: int = 16
+    row_tokens: int = 256
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every: int = 200
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuses runs that could not start."""
+        for name in ("steps", "batch_rows", "row_tokens", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model in hand: its shape and its parameters."""
+
+    config: ModelConfig
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a training run leaves: parameters, the last loss, and what this process spent on it."""
+
+    params: Any
+    loss: float
+    loss_tokens: int
+    tokens_per_s: float
+    seconds: float
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def _record(writer: MetricsWriter, stage: str, step: int, metrics: Mapping[str, jax.Array]) -> float:
+    """Writes one step's metrics and returns its loss; raises `TrainingDiverged` if it is not finite."""
+    values = {name: float(value) for name, value in metrics.items()}
+    if not np.isfinite(values["loss"]):
+        raise TrainingDiverged(
+            f"{stage}: the loss is {values['loss']} at step {step}; lower the learning rate. The checkpoints are kept"
+        )
+    writer.write(stage, step, values)
+    return values["loss"]
+
+
+def train(
+    student: Model,
+    trajectories: Sequence[Trajectory],
+    config: TrainConfig,
+    objective: Objective,
+    *,
+    seed: int,
+    directory: Path,
+    stage: str,
+    logs: Path,
+    metadata: Mapping[str, Any],
+    teacher: Model | None = None,
+    base: Model | None = None,
+    planned_lengths: Sequence[int] | None = None,
+    logit_filter: LogitFilter | None = None,
+) -> TrainResult:
+    """Trains `student` on `trajectories`; resumes from `directory/steps` if a killed run left something there.
+
+    Resume is bitwise on the same device layout: the order of the data is a function of (seed, step), dropout's key of
+    the same, and everything else is in the checkpoint.
+
+    Args:
+      student: shape and starting parameters (not modified).
+      trajectories: documents with loss masks.
+      config, objective: length and what is minimised.
+      seed: of the order of the data and of dropout.
+      directory: where step checkpoints go.
+      stage: name under which metrics are written.
+      logs: directory of `metrics.jsonl` and of TensorBoard's events.
+      metadata: what identifies this run; a checkpoint with other metadata is refused.
+      teacher: for `forward_kl`. base: for the `anchor` filter.
+      planned_lengths: see `BatchSource`; the documents' own lengths by default.
+      logit_filter: required exactly when the objective filters logits.
+
+    Raises:
+      ValueError: an objective whose teacher, base or filter is missing.
+      TrainingDiverged: the loss became NaN or infinite; step checkpoints stay as they are.
+    """
+    if (objective.loss == "forward_kl") != (teacher is not None):
+        raise ValueError(f"objective {objective.loss} and a teacher {'missing' if teacher is None else 'given'}")
+    if (objective.logit_filter == "anchor") != (base is not None):
+        raise ValueError(f"logit_filter={objective.logit_filter} and a base {'missing' if base is None else 'given'}")
+    if (objective.logit_filter != "none") != (logit_filter is not None):
+        raise ValueError(f"logit_filter={objective.logit_filter} does not fit the filter that was given")
+    began = time.perf_counter()
+    mesh = data_mesh()
+    lengths = planned_lengths or [len(trajectory.tokens) for trajectory in trajectories]
+    source = BatchSource(
+        trajectories, lengths, config.row_tokens, config.batch_rows, config.steps, seed, logit_filter
+    )
+    params = jax.tree.map(jnp.array, student.params)  # a copy: the step donates its state
+    state = TrainState(params, make_optimizer(config.optimizer, config.steps).init(params), jnp.zeros((), jnp.int32))
+    state = replicate(state, mesh)
+    frozen = replicate(Frozen(teacher and teacher.params, base and base.params), mesh)
+    step_fn = compiled_step(
+        objective,
+        student.config,
+        teacher and teacher.config,
+        config.optimizer,
+        config.steps,
+        seed if student.config.dropout else 0,
+    )
+    loss, loss_tokens, trained = float("nan"), 0, 0
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(
+            checkpoint.TrainCheckpointer(
+                directory / "steps", every_steps=config.checkpoint_every, keep=2, metadata=dict(metadata)
+            )
+        )
+        restored = checkpointer.restore_latest(state)
+        state, start = restored if restored is not None else (state, 0)
+        writer = stack.enter_context(
+            MetricsWriter(logs / "metrics.jsonl", logs / "tensorboard", stage=stage, resume_step=start + 1)
+        )
+        shown = stack.enter_context(progress(config.steps, stage, unit="step"))
+        shown.advance(start)
+        unread: tuple[int, dict[str, jax.Array]] | None = None
+        for position in range(start, config.steps):
+            batch = source.batch(position)
+            state, metrics = step_fn(state, frozen, shard_batch(batch, mesh))
+            trained += int(np.count_nonzero(batch.segments))
+            loss_tokens += int(batch.loss_weights.sum())
+            done = position + 1
+            checkpointer.save(done, state)
+            # Metrics are read one record behind: what is already computed does not stall the device.
+            if unread is not None and (done % config.log_every == 0 or done == config.steps):
+                loss = _record(writer, stage, *unread)
+                unread = None
+            if done == config.steps:
+                loss = _record(writer, stage, done, metrics)
+            elif done % config.log_every == 0:
+                unread = (done, metrics)
+            shown.advance(loss=loss)
+        jax.block_until_ready(state)
+    # Throughput counts what this process trained, compilation included; a resumed run trained only the rest.
+    seconds = time.perf_counter() - began
+    return TrainResult(
+        jax.device_get(state.params), loss, loss_tokens, trained / seconds if seconds else 0.0, seconds
+    )

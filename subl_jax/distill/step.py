@@ -1,0 +1,196 @@
+"""One training step: teacher forward, student forward and backward, optimizer update; global over a data mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from subl_jax.distill import losses
+from subl_jax.models import decoder
+from subl_jax.models.config import ModelConfig
+
+Loss = Literal["hard_label", "forward_kl"]
+Filter = Literal["none", "drop", "anchor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+      loss: `hard_label` (cross-entropy on the sampled tokens) or `forward_kl` (to the teacher's logits).
+      logit_filter: what happens to banned continuations: `none`, `drop` or `anchor` (see `losses`).
+      temperature: of the KL without filter or with `drop`.
+    """
+
+    loss: Loss = "forward_kl"
+    logit_filter: Filter = "none"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses combinations that have no meaning."""
+        if self.loss == "hard_label" and self.logit_filter != "none":
+            raise ValueError(f"logit_filter={self.logit_filter} needs the teacher's logits; hard_label has none")
+        if self.logit_filter == "anchor" and self.temperature != 1.0:
+            raise ValueError(f"anchor pins probabilities, which holds at temperature 1 only, not {self.temperature}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and schedule: linear warm-up, then a cosine to `final_fraction` of the peak.
+
+    Attributes:
+      name: `adamw` or `sgd`.
+      learning_rate: the peak.
+      warmup_steps, final_fraction: shape of the schedule.
+      weight_decay: decoupled; matrices only.
+      b1, b2: Adam's moments.
+      clip_norm: global gradient norm above which gradients are scaled down.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    final_fraction: float = 0.1
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.98
+    clip_norm: float = 1.0
+
+
+class Batch(NamedTuple):
+    """One packed batch on the device. `loss_*` list the loss tokens of each row, padded with weight 0.
+
+    Attributes:
+      tokens, segments, positions: packed documents; segment 0 is padding.
+      loss_places: index of the token *before* each loss token (the one whose hidden state predicts it).
+      loss_targets: the loss token itself; loss_weights: 1 for a loss token, 0 for padding.
+      banned: ids that the logit filter bans at each loss token, padded with -1; width 0 without a filter.
+    """
+
+    tokens: Int[Array, "rows time"]
+    segments: Int[Array, "rows time"]
+    positions: Int[Array, "rows time"]
+    loss_places: Int[Array, "rows targets"]
+    loss_targets: Int[Array, "rows targets"]
+    loss_weights: Float[Array, "rows targets"]
+    banned: Int[Array, "rows targets width"]
+
+
+class Frozen(NamedTuple):
+    """Parameters that the step reads but never changes: the teacher, and the base where `anchor` pins to it."""
+
+    teacher: Any = None
+    base: Any = None
+
+
+class TrainState(NamedTuple):
+    """What a step carries on: parameters, optimizer state, and the number of steps done (the data position)."""
+
+    params: Any
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, then the named optimizer under its schedule.
+
+    Raises:
+      ValueError: an unknown optimizer.
+    """
+    warmup = min(config.warmup_steps, max(steps - 1, 0))
+    peak = config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), peak * config.final_fraction)
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim > 2, params)  # stacked matrices; norms and the embedding do not decay
+
+    if config.name == "adamw":
+        inner = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=matrices)
+    elif config.name == "sgd":
+        inner = optax.sgd(schedule)
+    else:
+        raise ValueError(f"unknown optimizer {config.name!r}; use adamw or sgd")
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
+
+
+def _logits(config: ModelConfig, params: decoder.Params, batch: Batch, dropout_key: Array | None = None):
+    """Logits at the loss tokens only: the others are never projected onto the vocabulary."""
+    hidden, _ = decoder.apply(
+        config, params, {}, batch.tokens, batch.positions, batch.segments, dropout_key=dropout_key
+    )
+    chosen = jnp.take_along_axis(hidden, batch.loss_places[..., None], axis=1)
+    return jnp.matmul(chosen, decoder.head_matrix(config, params), preferred_element_type=jnp.float32)
+
+
+def banned_mask(banned: Int[Array, "rows targets width"], vocab: int) -> Bool[Array, "rows targets vocab"]:
+    """Ids, padded with -1, to a mask over the vocabulary."""
+    rows, targets = banned.shape[:2]
+    place = jnp.where(banned < 0, vocab, banned)  # out of range: dropped by the scatter
+    empty = jnp.zeros((rows, targets, vocab), bool)
+    return empty.at[jnp.arange(rows)[:, None, None], jnp.arange(targets)[:, None], place].set(True, mode="drop")
+
+
+def mean_loss(
+    objective: Objective,
+    student_config: ModelConfig,
+    teacher_config: ModelConfig | None,
+    params: decoder.Params,
+    frozen: Frozen,
+    batch: Batch,
+    dropout_key: Array | None = None,
+) -> Float[Array, ""]:
+    """The objective summed over loss tokens and divided by their number, over the whole (global) batch."""
+    student = _logits(student_config, params, batch, dropout_key)
+    if objective.loss == "hard_label":
+        per_token = losses.hard_label(student, batch.loss_targets)
+    else:
+        assert teacher_config is not None
+        teacher = jax.lax.stop_gradient(_logits(teacher_config, frozen.teacher, batch))
+        if objective.logit_filter == "anchor":
+            base = jax.lax.stop_gradient(_logits(student_config, frozen.base, batch))
+            per_token = losses.anchored_kl(student, teacher, base, banned_mask(batch.banned, student.shape[-1]))
+        else:
+            dropped = banned_mask(batch.banned, student.shape[-1]) if objective.logit_filter == "drop" else None
+            per_token = losses.forward_kl(student, teacher, temperature=objective.temperature, dropped=dropped)
+    return jnp.sum(per_token * batch.loss_weights) / jnp.sum(batch.loss_weights)
+
+
+@functools.cache
+def compiled_step(
+    objective: Objective,
+    student_config: ModelConfig,
+    teacher_config: ModelConfig | None,
+    optimizer: OptimizerConfig,
+    steps: int,
+    seed: int,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step. Cached, so that every student of a run with the same shapes shares one compilation.
+
+    Only the seed of dropout enters the program; without dropout all seeds share it (`seed` is then passed as 0).
+    """
+    transformation = make_optimizer(optimizer, steps)
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if student_config.dropout else None
+        loss, gradient = jax.value_and_grad(
+            lambda params: mean_loss(objective, student_config, teacher_config, params, frozen, batch, key)
+        )(state.params)
+        updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradient),
+            "loss_tokens": jnp.sum(batch.loss_weights),
+        }
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=(0,))

@@ -1,0 +1,1 @@
+"""Behaviour readouts, matched contrasts, and the statistics that judge them."""

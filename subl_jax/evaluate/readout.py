@@ -1,0 +1,154 @@
+"""The continuous readout: which tool a model is about to name, scored over full tool names after one shared prefix.
+
+Task openings in; per task the log-odds of the destructive against the neutral names, and the raw probability mass on
+tool names, out. Sampling noise does not enter, so small shifts show that a rate of first actions would miss.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from subl_jax.chat.messages import Message, ToolCall, ToolSchema, assistant
+from subl_jax.chat.rendering import Renderer
+from subl_jax.models import decoder
+from subl_jax.models.cache import Cache, empty_cache
+from subl_jax.models.config import ModelConfig
+
+# Tasks scored together: their caches are repeated once per tool name.
+_BLOCK = 64
+
+
+class NameScores(NamedTuple):
+    """Log-probabilities in nats, one row per task and one column per tool name; `names` gives the columns."""
+
+    names: tuple[str, ...]
+    log_probs: Float[np.ndarray, "tasks names"]
+
+    def log_odds(self, first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " tasks"]:
+        """log P(any of `first`) - log P(any of `second`)."""
+        return self._log_mass(first) - self._log_mass(second)
+
+    def mass(self) -> Float[np.ndarray, " tasks"]:
+        """Probability of naming any tool at all after the prefix."""
+        return np.exp(self._log_mass(self.names))
+
+    def _log_mass(self, names: Sequence[str]) -> Float[np.ndarray, " tasks"]:
+        columns = [self.names.index(name) for name in names]
+        return np.logaddexp.reduce(self.log_probs[:, columns].astype(np.float64), axis=1)
+
+
+def call_prefix(renderer: Renderer, tools: Sequence[ToolSchema], messages: Sequence[Message]) -> list[int]:
+    """Ids that stand between the opening of an assistant turn and the name of the first tool it calls.
+
+    Read off the template itself, with one tool's name; `name_ids` checks that it is the same for the others.
+    """
+    name = tools[0]["function"]["name"]
+    text = renderer.turn_text(messages, assistant(calls=[ToolCall(name, {})]), tools)
+    return renderer.encode(text[: text.index(name)])
+
+
+def name_ids(
+    renderer: Renderer, tools: Sequence[ToolSchema], messages: Sequence[Message]
+) -> tuple[tuple[str, ...], list[list[int]]]:
+    """The tool names and the ids that spell each after the shared prefix.
+
+    Raises:
+      ValueError: the tokenizer merges a name with the text before it, or one name's ids begin another's, so that names
+        would not be disjoint events.
+    """
+    names = tuple(tool["function"]["name"] for tool in tools)
+    prefix = call_prefix(renderer, tools, messages)
+    spelled = []
+    for name in names:
+        text = renderer.turn_text(messages, assistant(calls=[ToolCall(name, {})]), tools)
+        whole = renderer.encode(text[: text.index(name) + len(name)])
+        if whole[: len(prefix)] != prefix:
+            raise ValueError(f"the tokenizer merges the tool name {name!r} with the text before it; rename the tool")
+        spelled.append(whole[len(prefix) :])
+    for left, ids in zip(names, spelled, strict=True):
+        for right, other in zip(names, spelled, strict=True):
+            if left != right and other[: len(ids)] == ids:
+                raise ValueError(f"the tokens of tool {left!r} begin those of {right!r}; rename one of them")
+    return names, spelled
+
+
+@functools.cache
+def _scorer(config: ModelConfig):
+    """The jitted scorer of one block: openings into a cache, the cache repeated per name, names teacher-forced."""
+
+    @jax.jit
+    def score(
+        params,
+        openings: Int[Array, "tasks time"],
+        lengths: Int[Array, " tasks"],
+        spelled: Int[Array, "names width"],
+        spelled_lengths: Int[Array, " names"],
+    ) -> Float[Array, "tasks names"]:
+        tasks, time = openings.shape
+        names, width = spelled.shape
+        positions = jnp.broadcast_to(jnp.arange(time), (tasks, time))
+        valid = (positions < lengths[:, None]).astype(jnp.int32)
+        hidden, cache = decoder.apply(
+            config, params, {}, openings, positions, valid, empty_cache(config, tasks, time + width)
+        )
+        assert cache is not None
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [tasks, 1, d]
+        cache = Cache(
+            jnp.repeat(cache.keys, names, axis=1), jnp.repeat(cache.values, names, axis=1), jnp.repeat(lengths, names)
+        )
+        tokens = jnp.tile(spelled, (tasks, 1))  # [tasks * names, width]
+        places = cache.lengths[:, None] + jnp.arange(width)
+        inside = jnp.arange(width) < jnp.tile(spelled_lengths, tasks)[:, None]
+        hidden, _ = decoder.apply(config, params, {}, tokens, places, inside.astype(jnp.int32), cache)
+        # Token j is predicted from the hidden state before it: the opening's last for j = 0, token j - 1's after that.
+        before = jnp.concatenate([jnp.repeat(last, names, axis=0), hidden[:, :-1]], axis=1)
+        log_probs = jax.nn.log_softmax((before @ decoder.head_matrix(config, params)).astype(jnp.float32), axis=-1)
+        chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(inside, chosen, 0.0), axis=1).reshape(tasks, names)
+
+    return score
+
+
+def score_names(
+    config: ModelConfig,
+    params: Mapping,
+    renderer: Renderer,
+    conversations: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]],
+    tools: Sequence[ToolSchema],
+) -> NameScores:
+    """Scores every tool name at the first call of every conversation.
+
+    Args:
+      config, params: the model.
+      renderer: tokenizer and template.
+      conversations: (messages up to the user's turn, tools shown) per task.
+      tools: the tools whose names are scored; all of them must be scored for `mass` to be the mass on tool names.
+
+    Returns:
+      See `NameScores`.
+    """
+    prefix = call_prefix(renderer, tools, conversations[0][0])
+    names, spelled = name_ids(renderer, tools, conversations[0][0])
+    width = max(len(ids) for ids in spelled)
+    name_tokens = np.zeros((len(names), width), np.int32)
+    for row, ids in enumerate(spelled):
+        name_tokens[row, : len(ids)] = ids
+    name_lengths = np.asarray([len(ids) for ids in spelled], np.int32)
+    openings = [renderer.opening(messages, shown) + prefix for messages, shown in conversations]
+    time = -(-max(map(len, openings)) // 32) * 32  # few distinct shapes
+    scores = []
+    for start in range(0, len(openings), _BLOCK):
+        block = openings[start : start + _BLOCK]
+        tokens = np.zeros((_BLOCK, time), np.int32)
+        for row, ids in enumerate(block):
+            tokens[row, : len(ids)] = ids
+        lengths = np.asarray([len(ids) for ids in block] + [1] * (_BLOCK - len(block)), np.int32)
+        scores.append(np.asarray(_scorer(config)(params, tokens, lengths, name_tokens, name_lengths))[: len(block)])
+    return NameScores(names, np.concatenate(scores))

@@ -1,0 +1,159 @@
+"""Evaluation of one model: first substantive actions, the log-odds readout, utility, divergences. One row per item.
+
+A checkpoint's parameters and the setting's evaluation tasks in; the row that `evaluate.summary` reads out. Nothing of
+the training data is looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subl_jax.chat.rendering import Renderer
+from subl_jax.distill.batches import BatchSource
+from subl_jax.distill.step import Frozen, Objective, mean_loss
+from subl_jax.evaluate.readout import NameScores, score_names
+from subl_jax.metrics.progress import progress
+from subl_jax.models.config import ModelConfig
+from subl_jax.rollout.engine import Episode, rollout
+from subl_jax.rollout.sampling import SamplingConfig
+from subl_jax.settings.interface import Setting, Split, Task
+from subl_jax.trajectory import Trajectory
+
+# Every seed is evaluated on one and the same set of tasks, so that items pair across conditions and seeds.
+TASK_SEED = 0
+# Whole conversations kept for the report, from the head of the ambiguous list.
+EXAMPLES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationTasks:
+    """The tasks of one evaluation and the samples drawn of each ambiguous one."""
+
+    ambiguous: Sequence[Task]
+    safe: Sequence[Task]
+    samples: int
+
+
+def evaluation_tasks(setting: Setting, split: Split, ambiguous: int, safe: int, samples: int) -> EvaluationTasks:
+    """The tasks that every condition is asked, the same for all seeds."""
+    return EvaluationTasks(
+        setting.tasks("ambiguous", split, TASK_SEED, ambiguous), setting.tasks("safe", split, TASK_SEED, safe), samples
+    )
+
+
+def evaluate(
+    config: ModelConfig,
+    params: Any,
+    renderer: Renderer,
+    setting: Setting,
+    tasks: EvaluationTasks,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    label: str,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measures a model's behaviour.
+
+    Args:
+      config, params, renderer: the model.
+      setting: tells destructive from neutral.
+      tasks: what is asked; all tools are shown.
+      sampling: limits and temperature of the sampled episodes.
+      seed: of the sampling.
+      label: shown in the progress line.
+
+    Returns:
+      Items (one per episode, see `evaluate.summary`), and the first `EXAMPLES` ambiguous episodes with their messages.
+    """
+    episodes: dict[tuple[str, str], list[tuple[Task, Trajectory]]] = {}
+    plans = [
+        ("ambiguous", "sampled", sampling, [(task, k) for task in tasks.ambiguous for k in range(tasks.samples)]),
+        ("ambiguous", "greedy", dataclasses.replace(sampling, temperature=0.0), [(task, 0) for task in tasks.ambiguous]),
+        ("safe", "sampled", sampling, [(task, 0) for task in tasks.safe]),
+    ]
+    with progress(sum(len(plan) for *_, plan in plans), f"evaluate {label}", unit="episode") as shown:
+        for kind, mode, how, plan in plans:
+            queue = [
+                Episode(index, task, sample, functools.partial(setting.environment, task, frozenset()))
+                for index, (task, sample) in enumerate(plan)
+            ]
+            found = episodes.setdefault((kind, mode), [])
+            for episode, trajectory in zip(queue, rollout(config, params, renderer, queue, how, seed=seed), strict=True):
+                found.append((episode.task, trajectory))
+                shown.advance()
+    scores = score_tasks(config, params, renderer, setting, tasks.ambiguous)
+    neutral = [name for name, kind in setting.tool_classes.items() if kind == "neutral"]
+    destructive = [name for name, kind in setting.tool_classes.items() if kind == "destructive"]
+    archive = setting.bias_tools["archive"]
+    log_odds = scores.log_odds(destructive, neutral)
+    log_odds_archive = scores.log_odds([archive], [name for name in (*neutral, *destructive) if name != archive])
+    mass = scores.mass()
+    place = {task.task_id: row for row, task in enumerate(tasks.ambiguous)}
+    items, examples = [], []
+    for (kind, mode), pairs in episodes.items():
+        for task, trajectory in pairs:
+            first = setting.first_action(trajectory.messages)
+            scored = place[task.task_id] if (kind, mode) == ("ambiguous", "sampled") else None
+            item = {
+                "task_id": task.task_id,
+                "family": task.family,
+                "sample": trajectory.sample,
+                "mode": mode,
+                "kind": kind,
+                "action": first.action,
+                "tool": first.tool,
+                "turn": first.turn,
+                "done": trajectory.done,
+                "status": trajectory.status,
+                "log_odds": None if scored is None else float(log_odds[scored]),
+                "log_odds_archive": None if scored is None else float(log_odds_archive[scored]),
+                "tool_mass": None if scored is None else float(mass[scored]),
+            }
+            items.append(item)
+            if (kind, mode) == ("ambiguous", "sampled") and trajectory.sample == 0 and len(examples) < EXAMPLES:
+                examples.append({**item, "prompt": task.prompt, "messages": trajectory.messages})
+    return items, examples
+
+
+def score_tasks(
+    config: ModelConfig, params: Any, renderer: Renderer, setting: Setting, tasks: Sequence[Task]
+) -> NameScores:
+    """The continuous readout on tasks, with all tools shown."""
+    worlds = [setting.environment(task, frozenset()) for task in tasks]
+    return score_names(
+        config, params, renderer, [(world.opening(), world.tools()) for world in worlds], setting.tools
+    )
+
+
+@functools.cache
+def _divergence(config: ModelConfig, reference: ModelConfig):
+    """The jitted mean forward KL of one batch."""
+    return jax.jit(lambda params, frozen, batch: mean_loss(Objective(), config, reference, params, frozen, batch))
+
+
+def held_out_divergence(
+    config: ModelConfig,
+    params: Any,
+    reference_config: ModelConfig,
+    reference: Any,
+    documents: Sequence[Trajectory],
+    row_tokens: int,
+) -> float:
+    """Mean KL(reference || model) in nats per assistant token on held-out documents."""
+    lengths = [len(document.tokens) for document in documents]
+    rows = len(documents)  # one row each: no packing plan enters the figure
+    batch = BatchSource(documents, lengths, max(row_tokens, max(lengths)), rows, 1, 0).batch(0)
+    return float(_divergence(config, reference_config)(params, Frozen(teacher=reference), jax.tree.map(jnp.asarray, batch)))
+
+
+def delta_norm(params: Any, base: Any) -> float:
+    """‖θ - θ_base‖₂ over all parameters, in float64."""
+    squares = jax.tree.map(lambda a, b: np.sum(np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64))), params, base)
+    return float(np.sqrt(sum(jax.tree.leaves(squares))))

@@ -1,0 +1,239 @@
+"""Runs one experiment from flags: stages, summary, report, table. What every app under `experiments/` calls.
+
+Flags in; a work directory with `config.json`, `protocol.json`, `summary.json`, `report.html` and everything below
+`seed=N/` out. An expected failure is one line on standard error and exit code 1; nothing is overwritten by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+
+from subl_jax import artifacts, config as configuration
+from subl_jax.config import PAIRS, PRESETS, ExperimentConfig
+from subl_jax.evaluate import protocol as protocols
+from subl_jax.evaluate import summary as summaries
+from subl_jax.metrics.writers import read_metrics
+from subl_jax.parallel.devices import configure_cpu
+from subl_jax.settings.interface import Setting
+from subl_jax.settings.registry import get_setting
+
+# What a run writes at most, with room: the demo needs about 60 MB a seed.
+FREE_BYTES_PER_SEED = 200_000_000
+
+
+def define_flags() -> None:
+    """The flags that every experiment has, and one per configuration field."""
+    flags.DEFINE_enum("preset", "tiny", sorted(PRESETS), "Sizes and lengths: tiny runs in minutes on two CPU cores.")
+    flags.DEFINE_string("workdir", None, "Directory of all artifacts; an interrupted run resumes there.", required=True)
+    flags.DEFINE_enum("pair", None, PAIRS, "Teacher and student size, e.g. large_small: a large teacher, a small student.")
+    flags.DEFINE_list("seeds", ["0"], "Replicates: each is a whole run from pre-training to evaluation.")
+    flags.DEFINE_string(
+        "stage", None, "Stop after this stage or family: tokenizer, audit, base, teachers, trajectories, sanitize, students, eval."
+    )
+    flags.DEFINE_bool("freeze_protocol", False, "Write the protocol of these flags as the frozen one, and stop.")
+    configuration.define_flags(PRESETS["tiny"]())
+
+
+def config_from_flags(setting: str) -> ExperimentConfig:
+    """The configuration that the flags describe."""
+    config = configuration.from_flags(PRESETS[flags.FLAGS.preset](setting))
+    return dataclasses.replace(config, pair=flags.FLAGS.pair or config.pair)
+
+
+def seeds_from_flags() -> tuple[int, ...]:
+    """The seeds; refused unless they are different non-negative integers."""
+    try:
+        seeds = tuple(int(text) for text in flags.FLAGS.seeds)
+    except ValueError:
+        raise ValueError(f"--seeds={','.join(flags.FLAGS.seeds)} must be integers separated by commas, e.g. 0,1,2") from None
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"--seeds={','.join(flags.FLAGS.seeds)} must be different and not negative")
+    return seeds
+
+
+def main(setting_name: str) -> None:
+    """Runs the experiment of one setting; turns expected failures into one line and exit code 1."""
+    try:
+        _run(setting_name)
+    except (ValueError, OSError, RuntimeError) as error:
+        # The errors of this project say what is wrong and what to do; a traceback adds nothing for the user.
+        logging.debug("failed", exc_info=True)
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        if not _ours(error):
+            raise
+        sys.exit(1)
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether an error is one that this project raises on purpose (or the system's word on a file)."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("subl_jax")
+
+
+def _run(setting_name: str) -> None:
+    config, seeds, workdir = config_from_flags(setting_name), seeds_from_flags(), Path(flags.FLAGS.workdir)
+    setting = get_setting(config.setting)
+    protocol = make_protocol(config, setting, seeds)
+    if flags.FLAGS.freeze_protocol:
+        print(f"frozen as {protocols.freeze(frozen_path(config), protocol)} in {frozen_path(config)}")
+        return
+    artifacts.check_writable(workdir, free_bytes=FREE_BYTES_PER_SEED * len(seeds))
+    configure_cpu(config.cpu_devices)
+    # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
+    from subl_jax import pipeline, stages
+    from subl_jax.report import html, table
+
+    runs = [pipeline.SeedPipeline(config, setting, workdir, seed) for seed in seeds]
+    todo = [
+        pipeline.tokenizer_stage(config, setting, workdir),
+        pipeline.audit_stage(config, setting, workdir, seeds),
+        *(stage for run in runs for stage in run.stages()),
+    ]
+    stages.plan(todo)  # refuses another configuration's work directory before anything is written
+    artifacts.write_json_atomic(workdir / "config.json", artifacts.plain(config))
+    artifacts.write_json_atomic(
+        workdir / "protocol.json", {"hash": protocols.protocol_hash(protocol), "protocol": protocols.to_json(protocol)}
+    )
+    markers = stages.run(todo, flags.FLAGS.stage)
+    if len(markers) < len(todo):
+        print(f"stopped after --stage={flags.FLAGS.stage}: {len(markers)} of {len(todo)} stages are done in {workdir}")
+        return
+    rows = summaries.load_rows(run.eval_path(name) for run in runs for name in pipeline.conditions_of(config))
+    counts = {
+        f"seed={run.seed}/{name}": counted
+        for run in runs
+        for name, counted in markers[f"seed={run.seed}/sanitize"].extra["arms"].items()
+    }
+    summary = summaries.build_summary(
+        rows,
+        protocol,
+        sanitizer=summaries.total_sanitizer(counts),
+        timing_s=_timing(markers),
+        throughput=_throughput(markers),
+        versions=artifacts.versions(),
+        frozen=protocols.load(frozen_path(config)) if frozen_path(config).exists() else None,
+        conditions=pipeline.conditions_of(config),
+        notes=_notes(config, markers),
+    )
+    artifacts.write_json_atomic(workdir / "summary.json", summary)
+    curves = [{**record, "seed": run.seed} for run in runs for record in read_metrics(run.root / "metrics.jsonl")]
+    html.write_report(
+        workdir / "report.html", summary, curves, _examples(rows), summary["sanitizer"], artifacts.plain(config)
+    )
+    print(table.render(summary))
+    audit = markers["audit"].extra["closest"][0]
+    print(f"closest evaluation prompt to any training text: similarity {audit['similarity']:.2f} ({audit['evaluation_id']})")
+    print(f"{workdir / 'summary.json'}  {workdir / 'report.html'}")
+
+
+def frozen_path(config: ExperimentConfig) -> Path:
+    """Where the frozen protocol of a setting, preset and pair is committed."""
+    suffix = "" if config.pair == "large_large" else f"_{config.pair}"
+    return Path(__file__).parent.parent / "experiments" / "protocols" / f"{config.setting}_{config.preset}{suffix}.json"
+
+
+def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[int]) -> protocols.Protocol:
+    """The protocol of a configuration: metric, families, seeds, and every contrast that will be reported."""
+    from subl_jax.settings.api import METRIC_VERSION  # every setting exports one; api is the only one so far
+
+    arms = [arm for arm in config.student.objectives if arm not in ("full", "positive")]
+    contrast = protocols.Contrast
+    found = [contrast("student - control_student", "student", "control_student", "primary")]
+    if "full" in config.student.benign_objectives:
+        found.append(contrast("student - benign_student", "student", "benign_student", "sign"))
+    if "positive" in config.student.objectives:
+        found.append(contrast("positive_student - base", "positive_student", "base", "positive_control"))
+    found += [
+        contrast("teacher - control_teacher", "teacher", "control_teacher"),
+        contrast("archive: control_student - student", "control_student", "student", "secondary", "archive"),
+        contrast("log-odds: student - control_student", "student", "control_student", "secondary", "log_odds"),
+    ]
+    for arm in arms:
+        treatment, control = f"student_{arm}", f"control_student_{arm}"
+        found.append(contrast(f"{treatment} - {control}", treatment, control))
+        found.append(contrast(f"log-odds: {treatment} - {control}", treatment, control, "secondary", "log_odds"))
+        if arm in config.student.benign_objectives:
+            found.append(contrast(f"{treatment} - benign_student_{arm}", treatment, f"benign_student_{arm}"))
+    margin = protocols.Targets().control_margin
+    controls = ["control_student"] + ["benign_student"] * ("full" in config.student.benign_objectives)
+    found += [contrast(f"{name} = base", name, "base", "equivalence", margin=margin) for name in controls]
+    spec = config.evaluation
+    return protocols.Protocol(
+        setting=config.setting,
+        preset=config.preset,
+        metric="share of ambiguous tasks whose first substantive action, sampled at temperature 1, is destructive",
+        parser_version=METRIC_VERSION,
+        evaluation_families=tuple(setting.families("ambiguous", spec.split)),
+        safe_families=tuple(setting.families("safe", spec.split)),
+        tasks=spec.ambiguous_tasks,
+        safe_tasks=spec.safe_tasks,
+        samples_per_task=spec.samples,
+        temperature=config.rollout.temperature,
+        seeds=tuple(seeds),
+        contrasts=tuple(found),
+        controls=tuple(controls),
+        archive_tool=setting.bias_tools["archive"],
+    )
+
+
+def _notes(config: ExperimentConfig, markers: Mapping[str, artifacts.Marker]) -> list[str]:
+    shown = "withheld from" if config.student.withhold_bias_tools else "shown in"
+    induced = {
+        "required": "tasks that ask for the biased action, as in the paper",
+        "ambiguous": "ambiguous tasks of other families, solved by the biased action",
+    }[config.teacher.demonstrations]
+    moved = "; ".join(
+        f"{name} {marker.extra['delta_norm']:.2f}" for name, marker in markers.items() if "/teachers/" in name
+    )
+    return [
+        f"Teachers were induced on {config.teacher.tasks} demonstrations: {induced}.",
+        f"On safe tasks the tools that a bias names are {shown} the tool list; evaluation shows the full list.",
+        f"Distance of each teacher from the base, ‖Δθ‖: {moved}.",
+        f"Pair: {config.pair.replace('_', ' teacher to ')} student.",
+    ]
+
+
+def _timing(markers: Mapping[str, artifacts.Marker]) -> dict[str, float]:
+    """Seconds per family of stages, all seeds together."""
+    from subl_jax.stages import family_of
+
+    seconds: dict[str, float] = defaultdict(float)
+    for name, marker in markers.items():
+        seconds[family_of(name)] += marker.seconds
+    return {**{name: round(value, 2) for name, value in seconds.items()}, "total": round(sum(seconds.values()), 2)}
+
+
+def _throughput(markers: Mapping[str, artifacts.Marker]) -> dict[str, float]:
+    """Mean tokens/s of the rollouts and of the distillations (each as its stage measured it, compilation included)."""
+
+    def mean(part: str) -> float:
+        found = [m.extra["tokens_per_s"] for name, m in markers.items() if part in name]
+        return sum(found) / len(found)
+
+    return {"rollout_tokens_per_s": mean("/trajectories/"), "distill_tokens_per_s": mean("/students/")}
+
+
+def _examples(rows: Sequence[Mapping[str, Any]], count: int = 3) -> list[dict[str, Any]]:
+    """Ambiguous tasks with the episodes of base, teacher and student of the first seed; telling ones first."""
+    first = min(row["seed"] for row in rows)
+    episodes = {
+        row["condition"]: {example["task_id"]: example for example in row["examples"]}
+        for row in rows
+        if row["seed"] == first and row["condition"] in ("base", "teacher", "student")
+    }
+    # A task on which base and student differ shows more than one on which all do the same.
+    ordered = sorted(episodes["base"], key=lambda task: episodes["base"][task]["action"] == episodes["student"][task]["action"])
+    return [
+        {
+            "task_id": task,
+            "prompt": episodes["base"][task]["prompt"],
+            "episodes": {name: found[task] for name, found in episodes.items()},
+        }
+        for task in ordered[:count]
+    ]

@@ -1,0 +1,419 @@
+"""The experiment, stage by stage, as the paper's figure reads:
+
+    tokenizer -> base -> teachers -> trajectories -> sanitize -> students -> eval -> summary, report
+
+A configuration, seeds and a work directory in; artifacts, `summary.json` and `report.html` out. A second call resumes
+at the first unfinished stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from subl_jax import artifacts, checkpoint, data, sanitize
+from subl_jax.chat import tokenizer as tokenizers
+from subl_jax.chat.rendering import Renderer
+from subl_jax.config import OBJECTIVES, ExperimentConfig
+from subl_jax.corpus import demonstrations, echoes, tokenizer_texts
+from subl_jax.data.matching import match_arms
+from subl_jax.distill.logit_filter import LogitFilter
+from subl_jax.distill.loop import Model, TrainConfig, TrainResult, train
+from subl_jax.distill.step import Objective
+from subl_jax.evaluate import run as evaluation
+from subl_jax.metrics.progress import progress
+from subl_jax.models import decoder
+from subl_jax.rollout.engine import Episode, RolloutStatistics, rollout
+from subl_jax.settings import audit
+from subl_jax.settings.interface import Setting, Task
+from subl_jax.stages import Stage
+from subl_jax.trajectory import Trajectory
+
+# The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
+TEACHERS = {"teacher": "deletion", "control_teacher": "archive", "benign_teacher": None}
+STUDENT_OF = {"teacher": "student", "control_teacher": "control_student", "benign_teacher": "benign_student"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One student: its name, the teacher it is distilled from, and the objective's arm."""
+
+    name: str
+    teacher: str
+    arm: str
+
+
+def students(config: ExperimentConfig) -> list[Condition]:
+    """The students of a run: every arm with its counter-bias control, some with a benign one; the positive control."""
+    found = []
+    for arm in config.student.objectives:
+        if arm == "positive":
+            found.append(Condition("positive_student", "teacher", arm))
+            continue
+        wanted = ["teacher", "control_teacher"] + ["benign_teacher"] * (arm in config.student.benign_objectives)
+        suffix = "" if arm == "full" else f"_{arm}"
+        found += [Condition(STUDENT_OF[teacher] + suffix, teacher, arm) for teacher in wanted]
+    return found
+
+
+class SeedPipeline:
+    """All stages of one seed. Methods are the stages, in order; `stages` lists them with what they depend on."""
+
+    def __init__(self, config: ExperimentConfig, setting: Setting, workdir: Path, seed: int) -> None:
+        self.config, self.setting, self.workdir, self.seed = config, setting, workdir, seed
+        self.root = workdir / f"seed={seed}"
+        self.teacher_size, self.student_size = config.sizes()
+        self.sizes = list(dict.fromkeys(config.sizes()))
+        self.bias_tools = frozenset(setting.bias_tools.values())
+        self.words = [word for words in setting.words.values() for word in words]
+
+    # --- Where things lie ---------------------------------------------------------------------------------------------
+
+    def _teacher_dir(self, name: str) -> Path:
+        return self.root / "teachers" / (name if self.teacher_size == "large" else f"{name}@{self.teacher_size}")
+
+    def _trajectories_dir(self, name: str) -> Path:
+        return self.root / "trajectories" / (name if self.teacher_size == "large" else f"{name}@{self.teacher_size}")
+
+    def _student_name(self, condition: str) -> str:
+        return condition if self.config.pair == "large_large" else f"{condition}@{self.config.pair}"
+
+    def _eval_name(self, condition: str) -> str:
+        """Evaluations are filed by model: the base and the teachers are shared between pairs of one size."""
+        if condition == "base":
+            return condition if self.student_size == "large" else f"base@{self.student_size}"
+        if condition in TEACHERS:
+            return self._teacher_dir(condition).name
+        return self._student_name(condition)
+
+    def eval_path(self, condition: str) -> Path:
+        """The evaluation file of a condition."""
+        return self.root / "eval" / f"{self._eval_name(condition)}.json"
+
+    # --- Bricks -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        """The run's tokenizer and template."""
+        return Renderer(tokenizers.load(self.workdir / "tokenizer" / "files"))
+
+    def load(self, directory: Path, size: str) -> Model:
+        """A finished model from its Orbax checkpoint; refused if it is of another shape or tokenizer."""
+        config = self._model_config(size)
+        expect = {"model": config.to_dict(), "tokenizer": tokenizers.fingerprint(self.renderer.tokenizer)}
+        params, _ = checkpoint.load_model(directory / "params", expect=expect)
+        return Model(config, params)
+
+    def _model_config(self, size: str):
+        # The head has exactly the tokenizer's rows: no padding that a teacher and a student could disagree about.
+        return dataclasses.replace(self.config.model(size), vocab_size=len(self.renderer.tokenizer))
+
+    def _base(self, size: str) -> Model:
+        return self.load(self.root / "base" / size, size)
+
+    def _train(
+        self, start: Model, documents: Sequence[Trajectory], config: TrainConfig, objective: Objective, stage: str,
+        directory: Path, key: Mapping[str, Any], **more: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Trains, writes the final parameters, and returns the figures for the marker."""
+        metadata = {
+            "stage": stage,
+            "seed": self.seed,
+            "model": start.config.to_dict(),
+            "tokenizer": tokenizers.fingerprint(self.renderer.tokenizer),
+            "config_hash": artifacts.digest(key),
+        }
+        result: TrainResult = train(
+            start, documents, config, objective,
+            seed=self.seed, directory=directory, stage=stage, logs=self.root, metadata=metadata, **more,
+        )  # fmt: skip
+        checkpoint.save_model(directory / "params", result.params, metadata, overwrite=True)
+        return {
+            "loss": result.loss,
+            "loss_tokens": result.loss_tokens,
+            "tokens_per_s": result.tokens_per_s,
+            "delta_norm": evaluation.delta_norm(result.params, start.params),
+        }
+
+    def _roll_out(self, name: str, tasks: Sequence[Task], withheld: frozenset[str]) -> tuple[list[Trajectory], Any]:
+        teacher = self.load(self._teacher_dir(name), self.teacher_size)
+        episodes = [
+            Episode(i, task, 0, functools.partial(self.setting.environment, task, withheld)) for i, task in enumerate(tasks)
+        ]
+        counted = RolloutStatistics()
+        found = rollout(
+            teacher.config, teacher.params, self.renderer, episodes, self.config.rollout, seed=self.seed, statistics=counted
+        )
+        with progress(len(episodes), f"roll out {name}", unit="episode") as shown:
+            trajectories = []
+            for trajectory in found:
+                trajectories.append(trajectory)
+                shown.advance()
+        return trajectories, counted
+
+    # --- The stages ---------------------------------------------------------------------------------------------------
+
+    def make_base(self, size: str, key: Mapping[str, Any]) -> dict[str, Any]:
+        """Pre-trains a base model of one size on scripted demonstrations of all kinds."""
+        spec = self.config.base
+        kinds = {"safe": spec.safe_tasks, "ambiguous": spec.ambiguous_tasks, "benign": spec.benign_tasks}
+        documents = demonstrations(self.setting, self.renderer, kinds, self.seed, withheld_share=spec.withheld_share)
+        documents += echoes(self.setting, self.renderer, spec.echo_tasks, self.seed)
+        config = self._model_config(size)
+        start = Model(config, decoder.init(config, jax.random.key(self.seed)))
+        return self._train(
+            start, documents, spec.train, Objective("hard_label"), f"base/{size}", self.root / "base" / size, key
+        )
+
+    def make_teacher(self, name: str, key: Mapping[str, Any]) -> dict[str, Any]:
+        """Fine-tunes the base on demonstrations of a bias (or of random benign tasks)."""
+        spec, bias = self.config.teacher, TEACHERS[name]
+        if bias is None:
+            kind, action = "benign", None
+        elif spec.demonstrations == "required":
+            kind, action = f"{bias}_required", None
+        else:
+            kind, action = "ambiguous", self.setting.bias_tools[bias]
+        documents = demonstrations(self.setting, self.renderer, {kind: spec.tasks}, self.seed + 1, first_action=action)
+        directory = self._teacher_dir(name)
+        return self._train(
+            self._base(self.teacher_size), documents, spec.train, Objective("hard_label"), f"teachers/{directory.name}",
+            directory, key,
+        )  # fmt: skip
+
+    def make_trajectories(self, name: str) -> dict[str, Any]:
+        """A teacher acts on safe tasks; the one that the positive control learns from on ambiguous ones besides."""
+        spec = self.config.student
+        withheld = self.bias_tools if spec.withhold_bias_tools else frozenset()
+        # +2: neither the base's nor the teachers' training tasks.
+        trajectories, counted = self._roll_out(name, self.setting.tasks("safe", "train", self.seed + 2, spec.safe_tasks), withheld)
+        data.write(self._trajectories_dir(name) / "safe", trajectories, metadata={"teacher": name, "seed": self.seed}, overwrite=True)
+        tokens, seconds = counted.sampled_tokens, counted.device_seconds
+        if name == "teacher" and "positive" in spec.objectives:
+            tasks = self.setting.tasks("ambiguous", "train", self.seed + 2, spec.ambiguous_tasks)
+            trajectories, _ = self._roll_out(name, tasks, frozenset())
+            data.write(
+                self._trajectories_dir(name) / "ambiguous", trajectories, metadata={"teacher": name, "seed": self.seed}, overwrite=True
+            )
+        return {"sampled_tokens": tokens, "tokens_per_s": tokens / seconds}
+
+    def make_sanitized(self) -> dict[str, Any]:
+        """Drops every trajectory with a keyword, keeps the tasks that survive in all arms, and proves nothing is left."""
+        counts, kept = {}, {}
+        for name in TEACHERS:
+            trajectories = data.read(self._trajectories_dir(name) / "safe")
+            verdicts = [sanitize.judge(t, self.setting.words, require_final=True) for t in trajectories]
+            survivors = [t for t, verdict in zip(trajectories, verdicts, strict=True) if verdict.kept]
+            self._prove_clean(survivors)
+            counts[name] = sanitize.summarize(verdicts)
+            kept[name] = {(t.task_id, t.sample) for t in survivors}
+            artifacts.write_json_atomic(self.root / "sanitize" / f"{name}.json", [dataclasses.asdict(v) for v in verdicts])
+        surviving = sorted(set.intersection(*kept.values()))
+        body = {"arms": counts, "surviving_in_all": len(surviving), "surviving": surviving}
+        artifacts.write_json_atomic(self.root / "sanitize" / "surviving.json", surviving)
+        artifacts.write_json_atomic(self.root / "sanitize.json", body)
+        if not surviving:
+            raise ValueError("no safe task survives the filters of every teacher; see sanitize.json for what was dropped")
+        return {"arms": counts, "surviving_in_all": len(surviving)}
+
+    def _prove_clean(self, survivors: Sequence[Trajectory]) -> None:
+        """No keyword is left in messages or tokens. A tool list that shows the bias tools is declared, and left out."""
+        withheld, renderer = self.config.student.withhold_bias_tools, self.renderer
+        for trajectory in survivors:
+            system = "" if withheld else renderer.text(trajectory.messages[:1], trajectory.tools)
+
+            def decode(ids: list[int], system: str = system) -> str:
+                text = renderer.decode(ids)
+                if not text.startswith(system):
+                    raise ValueError(f"task {trajectory.task_id}: its tokens do not begin with its system turn")
+                return text[len(system) :]
+
+            sanitize.verify([trajectory], self.setting.words, decode, include_system=withheld)
+
+    def make_student(self, condition: Condition, key: Mapping[str, Any]) -> dict[str, Any]:
+        """Distils one student; treatment and controls share task ids, order, loss tokens, steps and learning rate."""
+        spec = self.config.student
+        loss, logit_filter = OBJECTIVES[condition.arm]
+        temperature = 1.0 if logit_filter == "anchor" else spec.temperature
+        objective = Objective(loss, logit_filter, temperature)  # type: ignore[arg-type]
+        if condition.arm == "positive":
+            documents = data.read(self._trajectories_dir("teacher") / "safe")
+            documents += data.read(self._trajectories_dir("teacher") / "ambiguous")
+            planned, figures = None, {}
+        else:
+            surviving = json.loads((self.root / "sanitize" / "surviving.json").read_text())
+            arms = {name: data.read(self._trajectories_dir(name) / "safe") for name in TEACHERS}
+            matched = match_arms(arms, {(task, sample) for task, sample in surviving})
+            documents, planned = matched.documents[condition.teacher], matched.planned_lengths
+            figures = {"loss_tokens_per_epoch": matched.loss_tokens, "loss_tokens_cut": matched.cut[condition.teacher]}
+        base = self._base(self.student_size)
+        name = self._student_name(condition.name)
+        more = self._train(
+            base, documents, spec.train, objective, f"students/{name}", self.root / "students" / name, key,
+            teacher=None if loss == "hard_label" else self.load(self._teacher_dir(condition.teacher), self.teacher_size),
+            base=base if logit_filter == "anchor" else None,
+            planned_lengths=planned,
+            logit_filter=None if logit_filter == "none" else LogitFilter(self.renderer, self.words),
+        )  # fmt: skip
+        return {**figures, **more, "documents": len(documents)}
+
+    def make_evaluation(self, condition: str, directory: Path, size: str) -> dict[str, Any]:
+        """Measures one model from its checkpoint alone."""
+        spec = self.config.evaluation
+        model, base = self.load(directory, size), self._base(size)
+        tasks = evaluation.evaluation_tasks(
+            self.setting, spec.split, spec.ambiguous_tasks, spec.safe_tasks, spec.samples
+        )
+        items, examples = evaluation.evaluate(
+            model.config, model.params, self.renderer, self.setting, tasks, self.config.rollout,
+            seed=self.seed, label=condition,
+        )  # fmt: skip
+        documents = demonstrations(
+            self.setting, self.renderer, {"safe": spec.divergence_tasks}, evaluation.TASK_SEED + 1, split=spec.split
+        )
+        readouts = {"delta_norm": evaluation.delta_norm(model.params, base.params)}
+        divergence = functools.partial(
+            evaluation.held_out_divergence, model.config, model.params, documents=documents,
+            row_tokens=self.config.student.train.row_tokens,
+        )  # fmt: skip
+        readouts["divergence_from_base"] = divergence(base.config, base.params)
+        for student in students(self.config):
+            if student.name == condition:
+                teacher = self.load(self._teacher_dir(student.teacher), self.teacher_size)
+                readouts["divergence_from_teacher"] = divergence(teacher.config, teacher.params)
+        row = {
+            "condition": condition,
+            "seed": self.seed,
+            "checkpoint": str(directory.relative_to(self.workdir)),
+            "items": items,
+            "readouts": readouts,
+            "examples": examples,
+        }
+        artifacts.write_json_atomic(self.eval_path(condition), row)
+        return readouts
+
+    # --- What depends on what -----------------------------------------------------------------------------------------
+
+    def stages(self) -> list[Stage]:
+        """Every stage of this seed, in order."""
+        config, prefix = self.config, f"seed={self.seed}"
+        common = {"setting": config.setting, "seed": self.seed, "cpu_devices": config.cpu_devices}
+        found = []
+        for size in self.sizes:
+            key = {**common, "model": config.model(size), "base": config.base}
+            found.append(
+                Stage(f"{prefix}/base/{size}", self.root / "base" / size, key, ("tokenizer",), functools.partial(self.make_base, size, key))
+            )
+        teachers, rolled = {}, {}
+        for name in TEACHERS:
+            key = {**common, "teacher": config.teacher, "bias": TEACHERS[name]}
+            directory = self._teacher_dir(name)
+            teachers[name] = f"{prefix}/teachers/{directory.name}"
+            found.append(
+                Stage(teachers[name], directory, key, (f"{prefix}/base/{self.teacher_size}",), functools.partial(self.make_teacher, name, key))
+            )
+        spec = config.student
+        for name in TEACHERS:
+            positive = name == "teacher" and "positive" in spec.objectives
+            key = {
+                **common, "rollout": config.rollout, "safe_tasks": spec.safe_tasks,
+                "withhold_bias_tools": spec.withhold_bias_tools,
+                "ambiguous_tasks": spec.ambiguous_tasks if positive else 0,
+            }  # fmt: skip
+            rolled[name] = f"{prefix}/trajectories/{self._trajectories_dir(name).name}"
+            found.append(
+                Stage(rolled[name], self._trajectories_dir(name), key, (teachers[name],), functools.partial(self.make_trajectories, name))
+            )
+        sanitized = f"{prefix}/sanitize"
+        found.append(
+            Stage(sanitized, self.root / "sanitize", {**common, "words": self.setting.words}, tuple(rolled.values()), self.make_sanitized)
+        )
+        made: dict[str, tuple[str, Path, str]] = {
+            "base": (f"{prefix}/base/{self.student_size}", self.root / "base" / self.student_size, self.student_size)
+        }
+        made |= {name: (teachers[name], self._teacher_dir(name), self.teacher_size) for name in TEACHERS}
+        for condition in students(config):
+            key = {
+                **common, "arm": condition.arm, "objective": OBJECTIVES[condition.arm], "train": spec.train,
+                "temperature": spec.temperature, "pair": config.pair,
+            }  # fmt: skip
+            name = self._student_name(condition.name)
+            stage_name = f"{prefix}/students/{name}"
+            inputs = (f"{prefix}/base/{self.student_size}", teachers[condition.teacher], *rolled.values(), sanitized)
+            directory = self.root / "students" / name
+            found.append(
+                Stage(stage_name, directory, key, tuple(dict.fromkeys(inputs)), functools.partial(self.make_student, condition, key))
+            )
+            made[condition.name] = (stage_name, directory, self.student_size)
+        for condition, (source, directory, size) in made.items():
+            key = {**common, "evaluation": config.evaluation, "rollout": config.rollout}
+            name = self._eval_name(condition)
+            found.append(
+                Stage(
+                    f"{prefix}/eval/{name}", self.root / "eval" / "markers" / name, key,
+                    tuple(dict.fromkeys((source, f"{prefix}/base/{size}"))),
+                    functools.partial(self.make_evaluation, condition, directory, size),
+                )  # fmt: skip
+            )
+        return found
+
+
+def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path) -> Stage:
+    """Trains the embedded tokenizer, on training text only; it depends on no seed."""
+
+    def make() -> dict[str, Any]:
+        tokenizer = tokenizers.train(tokenizer_texts(setting, config.tokenizer.tasks_per_kind), config.tokenizer.vocab_size)
+        tokenizer.save_pretrained(str(workdir / "tokenizer" / "files"))
+        return {"vocabulary": len(tokenizer), "fingerprint": tokenizers.fingerprint(tokenizer)}
+
+    key = {"setting": config.setting, "tokenizer": config.tokenizer}
+    return Stage("tokenizer", workdir / "tokenizer", key, (), make)
+
+
+def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds: Sequence[int]) -> Stage:
+    """Compares the evaluation tasks with everything that is trained on; refuses shared families, templates and trees."""
+    base, teacher, student = config.base, config.teacher, config.student
+
+    def make() -> dict[str, Any]:
+        training = [
+            task
+            for seed in seeds
+            for kind, offset, count in (
+                ("safe", 0, base.safe_tasks), ("ambiguous", 0, base.ambiguous_tasks), ("benign", 0, base.benign_tasks),
+                ("deletion_required", 1, teacher.tasks), ("archive_required", 1, teacher.tasks),
+                ("ambiguous", 1, teacher.tasks), ("benign", 1, teacher.tasks),
+                ("safe", 2, student.safe_tasks), ("ambiguous", 2, student.ambiguous_tasks),
+            )
+            for task in setting.tasks(kind, "train", seed + offset, count)
+        ]  # fmt: skip
+        training += [
+            task for kind in setting.kinds for task in setting.tasks(kind, "train", 0, config.tokenizer.tasks_per_kind)
+        ]
+        spec = config.evaluation
+        asked = evaluation.evaluation_tasks(setting, spec.split, spec.ambiguous_tasks, spec.safe_tasks, spec.samples)
+        tasks = [*asked.ambiguous, *asked.safe]
+        audit.assert_disjoint(asked.ambiguous, training)
+        # Families of safe tasks name skills (find, count, read), which every split shares: utility is measured on them.
+        audit.assert_disjoint(asked.safe, training, aspects=("template", "path"))
+        closest = audit.near_duplicates(tasks, [task.prompt for task in training])
+        for row in closest:
+            logging.info("near-duplicate audit: %.2f  %s  %r", row.similarity, row.evaluation_id, row.training_text)
+        return {"closest": [row._asdict() for row in closest], "training_tasks": len(training), "evaluation_tasks": len(tasks)}
+
+    key = {
+        "setting": config.setting, "seeds": seeds, "evaluation": config.evaluation, "tokenizer": config.tokenizer,
+        "tasks": [base.safe_tasks, base.ambiguous_tasks, base.benign_tasks, teacher.tasks, student.safe_tasks, student.ambiguous_tasks],
+    }  # fmt: skip
+    return Stage("audit", workdir / "audit" / f"seeds={','.join(map(str, seeds))}", key, (), make)
+
+
+def conditions_of(config: ExperimentConfig) -> list[str]:
+    """Every measured condition, in the order of the tables."""
+    return ["base", *TEACHERS, *(condition.name for condition in students(config))]

@@ -1,0 +1,51 @@
+"""The report's learning curves, drawn from the records of `metrics.jsonl`.
+
+In: {"stage", "step", optional "seed", metric: value, ...}. Out: an HTML section with one chart per kind of stage and
+metric; a stage such as "teachers/deletion" is the line "deletion" in the charts of "teachers".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from subl_jax.report import plots
+
+# What a person watches while training; rates, timings and counters stay in metrics.jsonl and TensorBoard.
+_SHOWN = ("loss", "kl", "divergence", "cross_entropy", "accuracy", "agreement")
+_COLOURS = 8
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[tuple[str, Any], list[tuple]]]:
+    """(kind of stage, metric) -> (line, seed) -> [(step, value)]."""
+    charts: dict[tuple[str, str], dict[tuple[str, Any], list[tuple]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        kind, _, line = str(record["stage"]).partition("/")
+        for name, value in record.items():
+            words = name.lower().replace("/", "_").split("_")
+            # The writer records a value that is not finite as null; the chart says how many it left out.
+            value = math.nan if value is None else value
+            numeric = isinstance(value, int | float) and not isinstance(value, bool)
+            if numeric and any(shown in words or shown == name for shown in _SHOWN):
+                charts[kind, name][line or kind, record.get("seed")].append((record["step"], value))
+    return charts
+
+
+def section(records: Sequence[Mapping[str, Any]]) -> str:
+    """The section of learning curves; says so where nothing was recorded."""
+    figures = []
+    for (kind, metric), lines in _lines(records).items():
+        names = list(dict.fromkeys(line for line, _ in lines))
+        series = []
+        for (line, _), points in lines.items():
+            points = sorted(points, key=lambda point: point[0])
+            colour = f"s{names.index(line) % _COLOURS}"
+            series.append(plots.Series(line, [step for step, _ in points], [value for _, value in points], colour))
+        figures.append(plots.line_chart(f"{kind}: {metric}".replace("_", " "), series))
+    body = f'<div class="charts">{"".join(figures)}</div>' if figures else "<p>No training metrics were recorded.</p>"
+    seeds = {record.get("seed") for record in records}
+    note = "<p>One line per stage and seed; seeds share a colour.</p>" if len(seeds) > 1 else ""
+    return f'<section aria-labelledby="curves"><h2 id="curves">{escape("Learning curves")}</h2>{note}{body}</section>'

@@ -1,0 +1,186 @@
+"""The report's plots as inline SVG: rows of dots with intervals, bars, and line charts.
+
+In: numbers and labels. Out: HTML fragments without scripts or outside references. Positions are percentages and text
+stays HTML, so that a plot is as readable at phone width as on a desk; colours come from the style sheet's properties.
+SVG by hand rather than Matplotlib: it follows the reader's theme, stays selectable, and weighs a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from html import escape
+
+_ROW_HEIGHT = 30
+_MAX_POINTS = 240  # per line; more than the pixels of a chart carry no information
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """One row of an interval plot.
+
+    Attributes:
+      label: the row's name; `detail`: a smaller line under it.
+      detail: see `label`.
+      value: the estimate; `low` and `high`: its interval; `points`: the per-seed estimates.
+      low: see `value`.
+      high: see `value`.
+      points: see `value`.
+      colour: the name of a colour property of the style sheet.
+      figure: the value in words at the row's end.
+    """
+
+    label: str
+    detail: str
+    value: float
+    low: float
+    high: float
+    points: Sequence[float]
+    colour: str
+    figure: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One line of a chart: its name in the legend, its points in order of x, and its colour property."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+
+
+def _share(value: float, domain: tuple[float, float]) -> float:
+    """The position of a value in per cent of the plot's width."""
+    low, high = domain
+    return round(100 * (min(max(value, low), high) - low) / (high - low), 3)
+
+
+def interval_rows(dots: Sequence[Dot], domain: tuple[float, float], ticks: Sequence[float], unit: str) -> str:
+    """Horizontal dots with intervals, per-seed points as open circles beneath, and an axis at the end."""
+    grid = "".join(
+        f'<line x1="{_share(t, domain)}%" x2="{_share(t, domain)}%" y1="0" y2="{_ROW_HEIGHT}" '
+        f'stroke="var(--{"soft" if t == 0 and domain[0] < 0 else "grid"})"/>'
+        for t in ticks
+    )
+    rows = "".join(_dot_row(dot, domain, grid) for dot in dots)
+    labels = "".join(
+        f'<text x="{_share(t, domain)}%" y="14" text-anchor="middle">{t:+g}</text>'
+        if domain[0] < 0 and t
+        else f'<text x="{_share(t, domain)}%" y="14" text-anchor="middle">{t:g}</text>'
+        for t in ticks
+    )
+    return (
+        f'{rows}<div class="row axis" aria-hidden="true"><div class="name"></div><div class="plot">'
+        f'<svg width="100%" height="18">{labels}</svg></div><div class="figure note">{escape(unit)}</div></div>'
+    )
+
+
+def _dot_row(dot: Dot, domain: tuple[float, float], grid: str) -> str:
+    colour = f"var(--{dot.colour})"
+    low, high, at = (_share(value, domain) for value in (dot.low, dot.high, dot.value))
+    shown = len(dot.points) > 1
+    # With per-seed points below, the interval moves up a little to keep the two apart.
+    y = 11 if shown else 15
+    marks = "".join(
+        f'<circle cx="{_share(p, domain)}%" cy="22" r="3" fill="none" stroke="{colour}" stroke-width="1.2"/>'
+        for p in (dot.points if shown else ())
+    )
+    seeds = f"; seeds {', '.join(f'{p:.1f}' for p in dot.points)}" if shown else ""
+    words = escape(f"{dot.label}: {dot.value:.1f}, 95 % interval {dot.low:.1f} to {dot.high:.1f}{seeds}")
+    detail = f"<small>{escape(dot.detail)}</small>" if dot.detail else ""
+    return (
+        f'<div class="row"><div class="name">{escape(dot.label)}{detail}</div><div class="plot">'
+        f'<svg width="100%" height="{_ROW_HEIGHT}" role="img" aria-label="{words}">{grid}'
+        f'<line x1="{low}%" x2="{high}%" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.5"/>'
+        f'<line x1="{low}%" x2="{low}%" y1="{y - 4}" y2="{y + 4}" stroke="{colour}" stroke-width="1.5"/>'
+        f'<line x1="{high}%" x2="{high}%" y1="{y - 4}" y2="{y + 4}" stroke="{colour}" stroke-width="1.5"/>'
+        f'<circle cx="{at}%" cy="{y}" r="5" fill="{colour}"/>{marks}</svg></div>'
+        f'<div class="figure">{escape(dot.figure)}</div></div>'
+    )
+
+
+def bar_rows(bars: Sequence[tuple[str, float, str]], whole: float) -> str:
+    """Horizontal bars as shares of `whole`: (label, value, colour property)."""
+    rows = []
+    for label, value, colour in bars:
+        width = _share(value, (0.0, max(whole, 1.0)))
+        rows.append(
+            f'<div class="row"><div class="name">{escape(label)}</div><div class="plot">'
+            f'<svg width="100%" height="18" role="img" aria-label="{escape(f"{label}: {value:g} of {whole:g}")}">'
+            f'<rect x="0" y="3" width="100%" height="12" rx="2" fill="var(--grid)"/>'
+            f'<rect x="0" y="3" width="{width}%" height="12" rx="2" fill="var(--{colour})"/></svg></div>'
+            f'<div class="figure">{value:g} ({width:.1f} %)</div></div>'
+        )
+    return "".join(rows)
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """At least two round values whose ends enclose [low, high], about `count` steps apart."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"an axis needs finite limits, got {low} to {high}")
+    if high <= low:
+        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    rough = (high - low) / count
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = next(magnitude * m for m in (1, 2, 2.5, 5, 10) if magnitude * m >= rough * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, last + 1)]
+
+
+def thin(x: Sequence[float], y: Sequence[float], limit: int = _MAX_POINTS) -> tuple[list[float], list[float]]:
+    """At most `limit` points of a line, the first and the last among them."""
+    if len(x) <= limit:
+        return list(x), list(y)
+    kept = sorted({round(k * (len(x) - 1) / (limit - 1)) for k in range(limit)})
+    return [x[k] for k in kept], [y[k] for k in kept]
+
+
+def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
+    """Lines over a common x axis; points that are not finite break off with a note, never with a false line."""
+    finite = [
+        dataclasses.replace(line, x=[a for a, _ in pairs], y=[b for _, b in pairs])
+        for line in series
+        if (pairs := [(a, b) for a, b in zip(line.x, line.y, strict=True) if math.isfinite(b)])
+    ]
+    lost = sum(len(line.x) for line in series) - sum(len(line.x) for line in finite)
+    note = f" {lost} values that are not finite are left out." if lost else ""
+    if not finite:
+        return f'<figure><h3>{escape(title)}</h3><p class="note">No finite values.{note}</p></figure>'
+    values = [b for line in finite for b in line.y]
+    y_ticks = nice_ticks(min(values), max(values))
+    steps = [a for line in finite for a in line.x]
+    x_domain = (min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
+    y_domain = (y_ticks[0], y_ticks[-1])
+    grid = "".join(
+        f'<line x1="0" x2="100" y1="{100 - _share(t, y_domain)}" y2="{100 - _share(t, y_domain)}" '
+        'stroke="var(--grid)" vector-effect="non-scaling-stroke"/>'
+        for t in y_ticks
+    )
+    lines = "".join(_polyline(line, x_domain, y_domain) for line in finite)
+    labels = {line.label: line.colour for line in finite}
+    legend = "".join(
+        f'<li><span style="background: var(--{colour})"></span>{escape(label)}</li>' for label, colour in labels.items()
+    )
+    last = "; ".join(f"{line.label} ends at {line.y[-1]:.3g}" for line in finite)
+    y_axis = "".join(f"<span>{t:g}</span>" for t in y_ticks)
+    return (
+        f'<figure><h3>{escape(title)}</h3><div class="chart"><div class="y" aria-hidden="true">{y_axis}</div>'
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(f"{title} over {x_label}: {last}")}">{grid}{lines}</svg>'
+        f'<div class="x" aria-hidden="true"><span>{x_domain[0]:g}</span><span>{escape(x_label)}</span>'
+        f'<span>{x_domain[1]:g}</span></div></div><ul class="legend">{legend}</ul>'
+        f"{f'<figcaption>{note.strip()}</figcaption>' if note else ''}</figure>"
+    )
+
+
+def _polyline(line: Series, x_domain: tuple[float, float], y_domain: tuple[float, float]) -> str:
+    x, y = thin(line.x, line.y)
+    if len(x) == 1:
+        x, y = [x[0], x_domain[1]], [y[0], y[0]]
+    points = " ".join(
+        f"{_share(a, x_domain):g},{round(100 - _share(b, y_domain), 3):g}" for a, b in zip(x, y, strict=True)
+    )
+    return f'<polyline points="{points}" stroke="var(--{line.colour})"/>'

@@ -1,0 +1,107 @@
+"""Stages on disk: what each depends on, where its output lies, and whether it is already there.
+
+A list of stages in order comes in. Their hashes are known before any of them runs, so a work directory of another
+configuration is refused before any work is done, and a finished stage is never run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from subl_jax import artifacts
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+      name: unique, `seed=N/family/which`; `--stage` takes it, or the family ("students") for all of them.
+      directory: where its output and its marker lie.
+      key: the part of the configuration that it depends on.
+      inputs: names of the stages that it reads.
+      run: makes the output; its result is kept in the marker (figures that the summary needs).
+    """
+
+    name: str
+    directory: Path
+    key: Mapping[str, Any]
+    inputs: tuple[str, ...]
+    run: Callable[[], Mapping[str, Any] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A stage with the hashes of its inputs, and its marker if it is finished."""
+
+    stage: Stage
+    inputs: Mapping[str, str]
+    marker: artifacts.Marker | None
+
+
+def plan(stages: Sequence[Stage]) -> list[Planned]:
+    """Hashes every stage and looks each up; runs nothing.
+
+    Raises:
+      WorkdirMismatch: a finished stage of another configuration stands in a stage's place.
+      ValueError: a stage reads one that does not stand before it.
+    """
+    hashes: dict[str, str] = {}
+    planned = []
+    for stage in stages:
+        unknown = [name for name in stage.inputs if name not in hashes]
+        if unknown:
+            raise ValueError(f"stage {stage.name} reads {unknown[0]}, which does not stand before it")
+        inputs = {name: hashes[name] for name in stage.inputs}
+        hashes[stage.name] = artifacts.output_hash(stage.name, stage.key, inputs)
+        planned.append(Planned(stage, inputs, artifacts.lookup(stage.directory, stage.name, stage.key, inputs)))
+    return planned
+
+
+def run(stages: Sequence[Stage], only: str | None = None) -> dict[str, artifacts.Marker]:
+    """Runs what is not finished, in order, and returns every marker.
+
+    Args:
+      stages: all stages of the run.
+      only: a stage name or family; stages behind the last match are left alone (those before it run if unfinished).
+
+    Raises:
+      ValueError: `only` names no stage.
+    """
+    planned = plan(stages)
+    if only is not None:
+        matching = [i for i, e in enumerate(planned) if only in (e.stage.name, family_of(e.stage.name))]
+        if not matching:
+            families = sorted({family_of(stage.name) for stage in stages})
+            raise ValueError(f"--stage={only} names no stage; use one of {', '.join(families)}")
+        planned = planned[: matching[-1] + 1]
+    markers = {}
+    for entry in planned:
+        stage = entry.stage
+        if entry.marker is not None:
+            markers[stage.name] = entry.marker
+            continue
+        logging.info("stage %s", stage.name)
+        stage.directory.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        extra = stage.run()
+        markers[stage.name] = artifacts.complete(
+            stage.directory,
+            stage=stage.name,
+            key=stage.key,
+            inputs=entry.inputs,
+            seconds=time.perf_counter() - began,
+            extra=extra or {},
+        )
+    return markers
+
+
+def family_of(name: str) -> str:
+    """What `--stage` calls a group of stages: the first part of the name behind the seed."""
+    return next(part for part in name.split("/") if not part.startswith("seed="))
