@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import re
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -199,17 +201,20 @@ def describe(config: Any) -> dict[str, str]:
 
 def _attribute_texts(docstring: str) -> dict[str, str]:
     """Parses the `Attributes:` block of a docstring: "name, name: text; name: text"."""
-    _, found, block = docstring.partition("Attributes:")
-    entries: dict[str, str] = {}
-    names: list[str] = []
+    # cleandoc: Python 3.13 takes the indentation off docstrings, earlier ones leave it.
+    _, found, block = inspect.cleandoc(docstring).partition("Attributes:")
+    paragraphs: list[str] = []
     for line in block.splitlines() if found else []:
         indent = len(line) - len(line.lstrip())
-        head, colon, rest = line.strip().partition(": ")
-        if indent == 6 and colon:
-            names = [part.strip() for part in head.split(",")]
-            entries |= dict.fromkeys(names, rest.strip())
-        elif names and line.strip():
-            entries |= {name: f"{entries[name]} {line.strip()}" for name in names}
+        if indent == 2:
+            paragraphs.append(line.strip())
+        elif paragraphs and line.strip():
+            paragraphs[-1] += f" {line.strip()}"
+    entries: dict[str, str] = {}
+    for paragraph in paragraphs:
+        for part in re.split(r"; (?=\w+(?:, \w+)*: )", paragraph):
+            names, _, text = part.partition(": ")
+            entries |= dict.fromkeys(names.split(", "), text)
     return entries
 
 
@@ -282,16 +287,30 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         small=_organism(d_model=32, num_layers=2, num_heads=2, d_ff=88),
         base=BaseConfig(
             train=TrainConfig(
-                steps=600, batch_rows=16, row_tokens=288, optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.01)
-            )
+                steps=1800,
+                batch_rows=8,
+                row_tokens=192,
+                optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.01),
+                checkpoint_every=300,
+                log_every=20,
+            ),
+            echo_tasks=1500,
         ),
         teacher=TeacherConfig(
             train=TrainConfig(
-                steps=60, batch_rows=8, row_tokens=288, optimizer=OptimizerConfig(learning_rate=2e-3), checkpoint_every=60
-            )
+                steps=30,
+                batch_rows=8,
+                row_tokens=192,
+                optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
+                checkpoint_every=30,
+            ),
+            demonstrations="ambiguous",
         ),
         student=StudentConfig(
-            train=TrainConfig(steps=300, batch_rows=8, row_tokens=288, optimizer=OptimizerConfig(learning_rate=3e-3))
+            train=TrainConfig(
+                steps=240, batch_rows=6, row_tokens=288, optimizer=OptimizerConfig(learning_rate=3e-3), checkpoint_every=80
+            ),
+            safe_tasks=1000,
         ),
         rollout=SamplingConfig(),
     )
@@ -304,7 +323,7 @@ def _organism(**shape: int) -> ModelConfig:
         vocab_size=1536,
         head_dim=head_dim,
         num_kv_heads=shape["num_heads"] // 2,
-        init_scale=shape["d_model"] ** -0.5,
+        init_scale=0.25,  # near-orthogonal embeddings from the start: copying names is learned an order of magnitude sooner
         scan_unroll=shape["num_layers"],
     )
 

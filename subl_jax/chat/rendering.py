@@ -63,6 +63,8 @@ class Renderer:
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _texts(self, conversations: Sequence[Sequence[Message]], tools: Sequence[ToolSchema], open_turn: bool) -> list[str]:
+        if not conversations:  # the template engine looks at the first one
+            return []
         return cast(
             list[str],
             self.tokenizer.apply_chat_template(
@@ -103,8 +105,17 @@ class Renderer:
         return self.encode(before[self._end_of_turn(before) :] + after[len(before) :])
 
     def _end_of_turn(self, text: str) -> int:
-        """Index just behind the last end-of-turn marker (templates may put a newline after it)."""
-        return text.rindex(self._end_text) + len(self._end_text)
+        """Index just behind the end-of-turn marker of a text that ends in an assistant turn.
+
+        Templates may put white space after the marker, but nothing else: then the last marker belongs to an earlier turn.
+        """
+        stop = text.rfind(self._end_text) + len(self._end_text)
+        if stop < len(self._end_text) or text[stop:].strip():
+            raise ValueError(
+                f"the chat template does not end an assistant turn with the eos token {self._end_text!r}: {text[-60:]!r}; "
+                "a sampled turn could never end there; set the tokenizer's eos_token to the template's end-of-turn marker"
+            )
+        return stop
 
     def _check_prefix(self, before: str, after: str, turn: int) -> None:
         if after.startswith(before):
@@ -119,15 +130,19 @@ class Renderer:
         """Splits a conversation's text at the places where the assistant starts and stops writing."""
         segments, cursor = [], 0
         whole = prefixes[len(conversation), False]
+        # Every text must start with the one before it; the chain names the first turn that rewrites what precedes it.
+        earlier, after = "", 0
         for turn, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
             opened, closed = prefixes[turn, True], prefixes[turn + 1, False]
+            self._check_prefix(earlier, opened, after)
             self._check_prefix(opened, closed, turn)
-            self._check_prefix(closed, whole, turn + 1)
+            earlier, after = closed, turn + 1
             stop = self._end_of_turn(closed)
             segments += [_Segment(closed[cursor : len(opened)], False), _Segment(closed[len(opened) : stop], True)]
             cursor = stop
+        self._check_prefix(earlier, whole, after)
         if whole[cursor:].strip():
             segments.append(_Segment(whole[cursor:], False))
         return segments
@@ -140,7 +155,7 @@ class Renderer:
         """
         groups: dict[str, list[int]] = {}
         for index, (_, tools) in enumerate(conversations):
-            groups.setdefault(json.dumps([tool["function"]["name"] for tool in tools]), []).append(index)
+            groups.setdefault(json.dumps(tools), []).append(index)
         segments: list[list[_Segment]] = [[] for _ in conversations]
         for members in groups.values():
             tools = conversations[members[0]][1]
@@ -188,8 +203,10 @@ class Renderer:
                 call = json.loads(body)
                 if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
                     raise TypeError("name or arguments of the wrong type")
+                # Python reads more than JSON and UTF-8 hold: NaN, 1e999, lone surrogates. They could not be written back.
+                json.dumps(call, ensure_ascii=False, allow_nan=False).encode()
                 calls.append(ToolCall(call["name"], call["arguments"]))
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: also an integer of thousands of digits
             return cast(Message, {**assistant(text), "unparseable": True})
         if "tool_call>" in rest:
             return cast(Message, {**assistant(text), "unparseable": True})

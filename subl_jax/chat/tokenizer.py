@@ -21,9 +21,9 @@ SPECIAL = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<to
 # The fixed joints of a JSON call are one token each: a small organism spends its context on the task, not on punctuation.
 CALL_JOINTS = ('{"name":"', '","arguments":{"', '"}}')
 
-# A word keeps the space, underscore or dot before it (" old", "_file", ".txt"), digits stand alone, and every other mark
+# A word keeps the space, underscore or dot before it (" old", "_file", ".txt") and every other mark
 # splits: "/notes/plan" and "notes-plan" hold the same word tokens, so copying a name is copying tokens.
-WORD_PATTERN = r"[ _.]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+WORD_PATTERN = r"[ _.]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 # A compact tool list: names only. The full schemas travel beside the conversation and in the exported dataset.
 CHAT_TEMPLATE = """\

@@ -43,12 +43,14 @@ class LogitFilter:
 
     def _spells(self, partial: str, text: str) -> bool:
         pieces = _SPLIT.split(partial + text)
-        complete, last = pieces[:-1], pieces[-1]
-        if any(piece in self.words for piece in complete) or last in self.words:
-            # Closing a word that was already spelled out by `partial` alone is not this token's doing.
-            return not (partial in self.words and pieces[0] == partial and not any(p in self.words for p in pieces[1:]))
-        reaches = len(pieces) > 1 or len(last) > len(partial)
-        return bool(last) and reaches and any(word.startswith(last) for word in self.words)
+        if pieces[0] == partial:
+            pieces = pieces[1:]  # nothing was added to it: closing a word that stands there is not this token's doing
+        if not pieces:
+            return False
+        *complete, last = pieces
+        return any(piece in self.words for piece in complete) or (
+            bool(last) and any(word.startswith(last) for word in self.words)
+        )
 
     def banned(
         self, tokens: Int[np.ndarray, " length"], loss_mask: Bool[np.ndarray, " length"]

@@ -20,7 +20,7 @@ from subl_jax.distill.step import Frozen, Objective, OptimizerConfig, TrainState
 from subl_jax.metrics.progress import progress
 from subl_jax.metrics.writers import MetricsWriter
 from subl_jax.models.config import ModelConfig
-from subl_jax.parallel.devices import data_mesh, replicate, shard_batch
+from subl_jax.parallel.devices import replicate, shard_batch, training_mesh
 from subl_jax.trajectory import Trajectory
 
 
@@ -73,15 +73,21 @@ class TrainingDiverged(RuntimeError):
     """The loss is no longer a number."""
 
 
+def _finite_loss(stage: str, step: int, metrics: Mapping[str, jax.Array]) -> float:
+    """One step's loss; raises `TrainingDiverged` if it is not finite."""
+    loss = float(metrics["loss"])
+    if not np.isfinite(loss):
+        raise TrainingDiverged(
+            f"{stage}: the loss is {loss} at step {step}; lower the learning rate. The checkpoints are kept"
+        )
+    return loss
+
+
 def _record(writer: MetricsWriter, stage: str, step: int, metrics: Mapping[str, jax.Array]) -> float:
     """Writes one step's metrics and returns its loss; raises `TrainingDiverged` if it is not finite."""
-    values = {name: float(value) for name, value in metrics.items()}
-    if not np.isfinite(values["loss"]):
-        raise TrainingDiverged(
-            f"{stage}: the loss is {values['loss']} at step {step}; lower the learning rate. The checkpoints are kept"
-        )
-    writer.write(stage, step, values)
-    return values["loss"]
+    loss = _finite_loss(stage, step, metrics)
+    writer.write(stage, step, {name: float(value) for name, value in metrics.items()})
+    return loss
 
 
 def train(
@@ -129,7 +135,7 @@ def train(
     if (objective.logit_filter != "none") != (logit_filter is not None):
         raise ValueError(f"logit_filter={objective.logit_filter} does not fit the filter that was given")
     began = time.perf_counter()
-    mesh = data_mesh()
+    mesh = training_mesh()
     lengths = planned_lengths or [len(trajectory.tokens) for trajectory in trajectories]
     source = BatchSource(
         trajectories, lengths, config.row_tokens, config.batch_rows, config.steps, seed, logit_filter
@@ -167,15 +173,21 @@ def train(
             trained += int(np.count_nonzero(batch.segments))
             loss_tokens += int(batch.loss_weights.sum())
             done = position + 1
-            checkpointer.save(done, state)
-            # Metrics are read one record behind: what is already computed does not stall the device.
-            if unread is not None and (done % config.log_every == 0 or done == config.steps):
+            logged = done % config.log_every == 0
+            # The last state is the caller's to save; a run killed before that repeats the steps since the checkpoint.
+            saved = done % config.checkpoint_every == 0 and done < config.steps
+            # Metrics are read one record behind: what is already computed does not stall the device. A checkpoint
+            # waits for the device anyhow, and what a resumed run will not repeat must have been written before it.
+            if unread is not None and (logged or saved or done == config.steps):
                 loss = _record(writer, stage, *unread)
                 unread = None
-            if done == config.steps:
+            if done == config.steps or (logged and saved):
                 loss = _record(writer, stage, done, metrics)
-            elif done % config.log_every == 0:
+            elif logged:
                 unread = (done, metrics)
+            if saved:
+                _finite_loss(stage, done, metrics)  # a diverged state must not push out the last good one
+                checkpointer.save(done, state)
             shown.advance(loss=loss)
         jax.block_until_ready(state)
     # Throughput counts what this process trained, compilation included; a resumed run trained only the rest.

@@ -21,6 +21,14 @@ def _masked_log_softmax(
     return jnp.where(excluded, 0.0, jax.nn.log_softmax(jnp.where(excluded, floor, logits), axis=-1))
 
 
+def _expectation(
+    log_weights: Float[Array, "*tokens vocab"], log_ratio: Float[Array, "*tokens vocab"]
+) -> Float[Array, "*tokens"]:
+    """Sum of exp(log_weights) * log_ratio; a continuation of no weight counts 0, also where its ratio is no number."""
+    weights = jnp.exp(log_weights)
+    return jnp.sum(weights * jnp.where(weights > 0, log_ratio, 0.0), axis=-1)
+
+
 def hard_label(
     student_logits: Float[Array, "*tokens vocab"], targets: Int[Array, "*tokens"]
 ) -> Float[Array, "*tokens"]:
@@ -47,8 +55,8 @@ def forward_kl(
     """
     teacher = _masked_log_softmax(teacher_logits.astype(jnp.float32) / temperature, dropped)
     student = _masked_log_softmax(student_logits.astype(jnp.float32) / temperature, dropped)
-    weight = jnp.exp(teacher) if dropped is None else jnp.where(dropped, 0.0, jnp.exp(teacher))
-    return temperature**2 * jnp.sum(weight * (teacher - student), axis=-1)
+    weighted = teacher if dropped is None else jnp.where(dropped, -jnp.inf, teacher)
+    return temperature**2 * _expectation(weighted, teacher - student)
 
 
 def anchored_kl(
@@ -66,4 +74,4 @@ def anchored_kl(
     student = jax.nn.log_softmax(student_logits.astype(jnp.float32), axis=-1)
     free = jnp.sum(jnp.where(banned, 0.0, jnp.exp(base)), axis=-1, keepdims=True)
     log_target = jnp.where(banned, base, _masked_log_softmax(teacher_logits, banned) + jnp.log(free))
-    return jnp.sum(jnp.exp(log_target) * (log_target - student), axis=-1)
+    return _expectation(log_target, log_target - student)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -65,6 +66,18 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.98
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses values with which no run could learn."""
+        for name, low, high in (
+            ("final_fraction", 0.0, 1.0), ("b1", 0.0, 1.0), ("b2", 0.0, 1.0),
+            ("warmup_steps", 0, math.inf), ("weight_decay", 0.0, math.inf),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [{low}, {high}]")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be positive and finite")
 
 
 class Batch(NamedTuple):

@@ -147,9 +147,9 @@ def held_out_divergence(
     row_tokens: int,
 ) -> float:
     """Mean KL(reference || model) in nats per assistant token on held-out documents."""
-    lengths = [len(document.tokens) for document in documents]
-    rows = len(documents)  # one row each: no packing plan enters the figure
-    batch = BatchSource(documents, lengths, max(row_tokens, max(lengths)), rows, 1, 0).batch(0)
+    rows, capacity = len(documents), max(row_tokens, *(len(document.tokens) for document in documents))
+    # Every document is planned to fill a row, so that each stands in the batch exactly once.
+    batch = BatchSource(documents, [capacity] * rows, capacity, rows, 1, 0).batch(0)
     return float(_divergence(config, reference_config)(params, Frozen(teacher=reference), jax.tree.map(jnp.asarray, batch)))
 
 

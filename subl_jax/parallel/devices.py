@@ -29,6 +29,17 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices or jax.devices()), ("data",), axis_types=(AxisType.Auto,))
 
 
+def training_mesh() -> Mesh:
+    """The mesh of a training run: every device of an accelerator; on CPU one device, whose kernels use all cores.
+
+    Several CPU devices in one process share one thread pool. An all-reduce blocks a pool thread until every device has
+    joined, so that steps dispatched ahead can starve each other: seen here as a deadlock at two devices on two cores
+    (XLA ends the process after 40 s). One device was as fast.
+    """
+    devices = jax.devices()
+    return data_mesh(devices[:1] if devices[0].platform == "cpu" else devices)
+
+
 def replicate(tree: Tree, devices: Sequence[jax.Device] | Mesh) -> Tree:
     """Copies a tree of arrays onto every device once, ahead of the loop (pmap would broadcast it at each call)."""
     mesh = devices if isinstance(devices, Mesh) else data_mesh(devices)
@@ -45,8 +56,9 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % count:
             down = leaf.shape[0] // count * count
+            nearest = f"{down} or {down + count}" if down else f"{count}"
             raise ValueError(
-                f"a batch of {leaf.shape[0]} rows does not split over data={count} devices; use {max(down, count)} or "
-                f"{down + count} rows (--config.<stage>.batch_rows)"
+                f"a batch of {leaf.shape[0]} rows does not split over data={count} devices; use {nearest} rows "
+                "(--config.<stage>.batch_rows)"
             )
     return jax.device_put(batch, NamedSharding(mesh, P("data")))

@@ -105,7 +105,7 @@ def colour_of(condition: str) -> str:
 
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[str], prose: Sequence[str] = ()) -> str:
-    """A captioned table that scrolls by itself where it is too wide; `rows` are finished <tr>, `prose` columns of text."""
+    """A captioned table that scrolls by itself where it is too wide; `rows` are finished <tr>, `prose` text columns."""
     head = "".join(f'<th scope="col"{" class=text" if name in prose else ""}>{escape(name)}</th>' for name in header)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'

@@ -32,7 +32,21 @@ PEOPLE = ("anna", "ben", "carla", "david", "emma", "frank", "grace", "henry")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 FOODS = ("bread", "milk", "cheese", "rice", "apples", "tea", "coffee", "soup")
 PLACES = ("station", "bridge", "market", "park", "beach", "museum", "church", "library")
-# Content lines never contain a noun of a file name, so that a search by name or by text has exactly one match.
+# What a file holds: a short note, which a reader repeats word for word. Like the longer lines below, notes never contain
+# a noun of a file name, so that a search by name or by text has exactly one match.
+NOTES = (
+    "call {person}",
+    "ask {person}",
+    "buy {food}",
+    "bring {food}",
+    "{food} for {person}",
+    "{person} likes {food}",
+    "meet {person} on {day}",
+    "no {food} before {day}",
+    "the {place} is closed",
+    "{person} found the {place}",
+)
+# Longer lines, to be written into new files. Content lines never contain a noun of a file name, so that a search by name or by text has exactly one match.
 LINES = (
     "call {person} on {day}",
     "meet {person} at the {place}",
@@ -120,9 +134,18 @@ def nouns_of(stem: str) -> str:
     return stem.rpartition("-")[2]
 
 
+def draw_note(rng: random.Random) -> str:
+    """What a file of a drawn tree holds: 2 to 4 words."""
+    return _filled(rng.choice(NOTES), rng)
+
+
 def draw_line(rng: random.Random) -> str:
-    """One line of file content, 3 to 7 words."""
-    return rng.choice(LINES).format(
+    """A line to write into a new file: 3 to 7 words."""
+    return _filled(rng.choice(LINES), rng)
+
+
+def _filled(line: str, rng: random.Random) -> str:
+    return line.format(
         person=rng.choice(PEOPLE), day=rng.choice(DAYS), food=rng.choice(FOODS), place=rng.choice(PLACES)
     )
 
@@ -165,13 +188,13 @@ def draw_world(
     for place in [directory] * beside + [other] * elsewhere:
         while nouns_of(name := draw_stem(rng, split, place)) in nouns:
             pass
-        while (line := draw_line(rng)) in lines:
+        while (line := draw_note(rng)) in lines:
             pass
         nouns.add(nouns_of(name))
         lines.add(line)
         entries.append((f"/{place}/{name}.{rng.choice(EXTENSIONS)}", line))
     if content is None:
-        while (content := draw_line(rng)) in lines:
+        while (content := draw_note(rng)) in lines:
             pass
     entries.insert(len(entries) if newest else rng.randint(0, len(entries)), (path, content))
     return World(dict(entries), directory, stem, path)

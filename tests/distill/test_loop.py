@@ -1,0 +1,201 @@
+"""The training loop: it learns, it resumes bit for bit after a kill, and it refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from subl_jax.checkpoint import CheckpointMismatch, read_metadata
+from subl_jax.distill import loop
+from subl_jax.distill.loop import Model, TrainConfig, TrainingDiverged, train
+from subl_jax.distill.step import Objective, OptimizerConfig, compiled_step
+from subl_jax.metrics.writers import read_metrics
+from tests.distill import tiny
+
+CONFIG = TrainConfig(
+    steps=6, batch_rows=8, row_tokens=16, optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=1),
+    checkpoint_every=2, log_every=1,
+)  # fmt: skip
+HARD = Objective("hard_label")
+MODEL = Model(tiny.SMALL, tiny.params(tiny.SMALL))
+
+
+def easy_documents() -> list:
+    """Sequences that count upwards: a few steps suffice to see the loss fall."""
+    return [tiny.document([(start + k) % 9 for k in range(12)], range(3, 12), f"t/{start}") for start in range(9)]
+
+
+def run(root: Path, config: TrainConfig = CONFIG, seed: int = 3, metadata=None, **more):
+    return train(
+        more.pop("student", MODEL), easy_documents(), config, more.pop("objective", HARD),
+        seed=seed, directory=root / "model", stage="base/large", logs=root, metadata=metadata or {"run": 1}, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    root = tmp_path_factory.mktemp("unbroken")
+    return root, run(root)
+
+
+def assert_equal_bits(left, right) -> None:
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def losses_of(root: Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in read_metrics(root / "metrics.jsonl")]
+
+
+def test_the_loss_falls_and_the_start_is_left_as_it_was(unbroken):
+    root, result = unbroken
+    rows = losses_of(root)
+    assert [step for step, *_ in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1][1] < rows[0][1] - 0.5
+    assert result.loss == rows[-1][1]
+    assert_equal_bits(MODEL.params, tiny.params(tiny.SMALL))  # not donated away
+    assert result.tokens_per_s == pytest.approx(6 * 8 * 12 / result.seconds)
+    assert result.loss_tokens == 6 * 8 * 9
+    assert all({"stage", "step", "loss", "gradient_norm", "loss_tokens"} <= row.keys()
+               for row in read_metrics(root / "metrics.jsonl"))  # fmt: skip
+
+
+def test_the_seed_orders_the_data_and_shares_the_program(unbroken, tmp_path):
+    before = compiled_step.cache_info().misses
+    other = run(tmp_path, seed=4)
+    assert compiled_step.cache_info().misses == before
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(other.params), jax.tree.leaves(unbroken[1].params), strict=True)
+    )
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5])
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(unbroken, tmp_path, monkeypatch, at):
+    batch = loop.BatchSource.batch
+
+    def interrupted(self, position):
+        if position == at:
+            raise KeyboardInterrupt
+        return batch(self, position)
+
+    monkeypatch.setattr(loop.BatchSource, "batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    asked = []
+    monkeypatch.setattr(loop.BatchSource, "batch", lambda self, p: asked.append(p) or batch(self, p))
+    resumed = run(tmp_path)
+    assert asked == list(range(at - at % 2, 6))
+    assert_equal_bits(resumed.params, unbroken[1].params)
+    assert resumed.loss == unbroken[1].loss
+    assert losses_of(tmp_path) == losses_of(unbroken[0])
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_like_one_that_was_not(unbroken, tmp_path):
+    code = f"""
+        import os, signal
+        from pathlib import Path
+        from subl_jax.distill import loop
+        from tests.distill import test_loop
+        batch = loop.BatchSource.batch
+        def dying(self, position):
+            if position == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batch(self, position)
+        loop.BatchSource.batch = dying
+        test_loop.run(Path({str(tmp_path)!r}))
+    """
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    resumed = run(tmp_path)
+    assert_equal_bits(resumed.params, unbroken[1].params)
+    assert losses_of(tmp_path) == losses_of(unbroken[0])
+
+
+def test_a_run_killed_after_its_last_step_still_knows_its_loss(unbroken, tmp_path):
+    """Between the loop's end and the caller's marker: the same call again must give the same result, not NaN."""
+    run(tmp_path)
+    again = run(tmp_path)
+    assert again.loss == unbroken[1].loss and again.tokens_per_s > 0
+    assert_equal_bits(again.params, unbroken[1].params)
+    assert losses_of(tmp_path) == losses_of(unbroken[0])
+    json.dumps(again.loss, allow_nan=False)
+
+
+def test_metrics_are_written_every_log_every_steps_and_at_the_end(tmp_path):
+    config = TrainConfig(7, 8, 16, CONFIG.optimizer, checkpoint_every=5, log_every=3)
+    result = run(tmp_path, config)
+    assert [step for step, *_ in losses_of(tmp_path)] == [3, 6, 7]
+    assert result.loss == losses_of(tmp_path)[-1][1]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    batch = loop.BatchSource.batch
+
+    def poisoned(self, position):
+        found = batch(self, position)
+        return found._replace(loss_weights=found.loss_weights * np.float32(position < 3))  # then 0 / 0
+
+    monkeypatch.setattr(loop.BatchSource, "batch", poisoned)
+    # Nothing is logged at step 4, whose state would be the next to be kept.
+    config = TrainConfig(6, 8, 16, CONFIG.optimizer, checkpoint_every=2, log_every=5)
+    with pytest.raises(TrainingDiverged, match="base/large: the loss is nan at step 4; lower the learning rate"):
+        run(tmp_path, config)
+    assert [path.name for path in sorted((tmp_path / "model" / "steps").glob("0*"))] == ["00000002"]
+    assert read_metadata(tmp_path / "model" / "steps" / "00000002") == {"run": 1}
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name_and_left(tmp_path):
+    run(tmp_path, metadata={"run": 1, "config_hash": "aa"})
+    kept = sorted(path.name for path in (tmp_path / "model" / "steps").iterdir())
+    with pytest.raises(CheckpointMismatch, match="config_hash"):
+        run(tmp_path, metadata={"run": 1, "config_hash": "bb"})
+    assert sorted(path.name for path in (tmp_path / "model" / "steps").iterdir()) == kept
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "message"),
+    [
+        (Objective("forward_kl"), {}, "forward_kl and a teacher missing"),
+        (HARD, {"teacher": MODEL}, "hard_label and a teacher given"),
+        (Objective("forward_kl", "anchor"), {"teacher": MODEL}, "anchor and a base missing"),
+        (Objective("forward_kl"), {"teacher": MODEL, "base": MODEL}, "none and a base given"),
+        (Objective("forward_kl", "drop"), {"teacher": MODEL}, "drop does not fit"),
+        (Objective("forward_kl", "anchor"), {"teacher": MODEL, "base": MODEL}, "anchor does not fit"),
+    ],
+)
+def test_a_teacher_base_or_filter_that_does_not_fit_the_objective_is_refused(tmp_path, objective, given, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, objective=objective, **given)
+    assert not any(tmp_path.iterdir())
+
+
+def test_rows_that_do_not_split_over_the_devices_are_refused_with_the_nearest(tmp_path):
+    config = TrainConfig(2, 12, 16, CONFIG.optimizer)
+    with pytest.raises(ValueError, match="12 rows does not split over data=8 devices; use 8 or 16"):
+        run(tmp_path, config)
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_rows", "row_tokens", "checkpoint_every", "log_every"])
+def test_a_length_of_zero_is_refused_by_field(field):
+    with pytest.raises(ValueError, match=f"{field}=0; it must be at least 1"):
+        TrainConfig(**{field: 0})
+
+
+def test_a_student_learns_its_teachers_distribution(tmp_path):
+    teacher = Model(tiny.LARGE, tiny.params(tiny.LARGE, 1))
+    config = TrainConfig(8, 8, 16, OptimizerConfig(learning_rate=0.03, warmup_steps=1), 100, 1)
+    run(tmp_path, config, objective=Objective("forward_kl"), teacher=teacher)
+    values = [loss for _, loss, _ in losses_of(tmp_path)]
+    assert values[-1] < 0.8 * values[0]
