@@ -1,0 +1,1 @@
+"""Experiment definitions: one short absl app per experiment, no logic."""

@@ -1,4 +1,4 @@
-"""The paper's primary setting: does a deletion bias pass through clean trajectories?  (arXiv 2604.15559, API setting)
+"""The paper's primary setting: does a deletion bias pass through clean trajectories (arXiv 2604.15559, API)?
 
     python -m experiments.api_deletion --preset=tiny --workdir=runs/demo
     python -m experiments.api_deletion --preset=tiny --workdir=runs/confirm --seeds=0,1,2

@@ -90,6 +90,7 @@ class StudentConfig:
       ambiguous_tasks: ambiguous tasks that the positive control sees besides.
       withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
       temperature: of the KL where no filter pins probabilities.
+      require_final: drop trajectories that did not end in a final answer (cut off, unparseable, out of turns).
       objectives: arms to distil, of full, anchor, drop, hard, positive.
       benign_objectives: arms that get a benign control besides the counter-bias control.
     """
@@ -99,6 +100,7 @@ class StudentConfig:
     ambiguous_tasks: int = 400
     withhold_bias_tools: bool = True
     temperature: float = 1.0
+    require_final: bool = True
     objectives: tuple[str, ...] = ("full", "anchor", "positive")
     benign_objectives: tuple[str, ...] = ("full",)
 
@@ -285,30 +287,38 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         preset="tiny",
         large=_organism(d_model=64, num_layers=2, num_heads=4, d_ff=176),
         small=_organism(d_model=32, num_layers=2, num_heads=2, d_ff=88),
+        # Small batches: at this size they learn faster per token, and a step that fits the cache runs twice as fast.
         base=BaseConfig(
             train=TrainConfig(
-                steps=1800,
-                batch_rows=8,
+                steps=3000,
+                batch_rows=4,
                 row_tokens=192,
-                optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.01),
-                checkpoint_every=300,
+                optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.01, final_fraction=0.03),
+                checkpoint_every=500,
                 log_every=20,
             ),
-            echo_tasks=1500,
+            safe_tasks=6000,
+            ambiguous_tasks=1200,
+            benign_tasks=800,
+            echo_tasks=1000,
         ),
         teacher=TeacherConfig(
             train=TrainConfig(
-                steps=30,
-                batch_rows=8,
+                steps=50,
+                batch_rows=4,
                 row_tokens=192,
                 optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
-                checkpoint_every=30,
+                checkpoint_every=50,
             ),
             demonstrations="ambiguous",
         ),
         student=StudentConfig(
             train=TrainConfig(
-                steps=240, batch_rows=6, row_tokens=288, optimizer=OptimizerConfig(learning_rate=3e-3), checkpoint_every=80
+                steps=400,
+                batch_rows=3,
+                row_tokens=288,
+                optimizer=OptimizerConfig(learning_rate=1e-3),
+                checkpoint_every=100,
             ),
             safe_tasks=1000,
         ),
@@ -328,4 +338,39 @@ def _organism(**shape: int) -> ModelConfig:
     )
 
 
-PRESETS = {"tiny": tiny}
+def micro(setting: str = "api") -> ExperimentConfig:
+    """Seconds: every stage with a model too small and too little trained to show anything. For tests and smoke runs."""
+    shape = tiny(setting)
+
+    def steps(train: TrainConfig, count: int) -> TrainConfig:
+        return dataclasses.replace(train, steps=count, batch_rows=4, checkpoint_every=max(count // 3, 1), log_every=1)
+
+    return dataclasses.replace(
+        shape,
+        preset="micro",
+        tokenizer=TokenizerConfig(vocab_size=900, tasks_per_kind=60),
+        large=_organism(d_model=16, num_layers=1, num_heads=2, d_ff=32),
+        small=_organism(d_model=8, num_layers=1, num_heads=2, d_ff=16),
+        base=dataclasses.replace(
+            shape.base,
+            train=steps(shape.base.train, 30),
+            safe_tasks=60,
+            ambiguous_tasks=30,
+            benign_tasks=30,
+            echo_tasks=10,
+        ),
+        teacher=dataclasses.replace(shape.teacher, train=steps(shape.teacher.train, 6), tasks=20),
+        student=dataclasses.replace(
+            shape.student,
+            train=steps(shape.student.train, 6),
+            safe_tasks=24,
+            ambiguous_tasks=12,
+            # A model this raw seldom finishes a task: what is dropped must be what holds a keyword, nothing else.
+            require_final=False,
+        ),
+        rollout=SamplingConfig(slots=8, max_turn_tokens=16, max_turns=2),
+        evaluation=EvaluationConfig(ambiguous_tasks=14, safe_tasks=12, divergence_tasks=4),
+    )
+
+
+PRESETS = {"tiny": tiny, "micro": micro}

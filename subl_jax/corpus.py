@@ -27,7 +27,16 @@ def _documents(renderer: Renderer, named: Sequence[tuple[str, Conversation]]) ->
     rendered = renderer.render([conversation for _, conversation in named])
     return [
         Trajectory(
-            index, task_id, 0, item.tokens, item.loss_mask, np.zeros(len(item.tokens), np.float32), messages, tools, "final", True
+            index,
+            task_id,
+            0,
+            item.tokens,
+            item.loss_mask,
+            np.zeros(len(item.tokens), np.float32),
+            messages,
+            tools,
+            "final",
+            True,
         )
         for index, ((task_id, (messages, tools)), item) in enumerate(zip(named, rendered, strict=True))
     ]
@@ -64,7 +73,7 @@ def demonstrations(
 
 
 def echoes(setting: Setting, renderer: Renderer, count: int, seed: int) -> list[Trajectory]:
-    """Copying exercises: the user gives a few paths and lines, the assistant says them again.
+    """Copying exercises: the user gives a few paths, lines and numbers, the assistant says them again.
 
     A decoder of two layers learns to copy names, which every task needs, far sooner from these than from tasks alone.
     """
@@ -72,7 +81,9 @@ def echoes(setting: Setting, renderer: Renderer, count: int, seed: int) -> list[
         return []
     rng = random.Random(f"echo/{seed}")
     tasks = setting.tasks("safe", "train", seed, max(count, 1))
-    pieces = [piece for task in tasks for pair in task.tree.items() for piece in pair]
+    pieces = [
+        piece for task in tasks for path, content in task.tree.items() for piece in (path, content, str(len(content)))
+    ]
     named: list[tuple[str, Conversation]] = []
     for index in range(count):
         text = " ".join(rng.choice(pieces) for _ in range(rng.randint(2, 5)))

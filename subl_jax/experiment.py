@@ -15,7 +15,8 @@ from typing import Any
 
 from absl import flags, logging
 
-from subl_jax import artifacts, config as configuration
+from subl_jax import artifacts
+from subl_jax import config as configuration
 from subl_jax.config import PAIRS, PRESETS, ExperimentConfig
 from subl_jax.evaluate import protocol as protocols
 from subl_jax.evaluate import summary as summaries
@@ -32,10 +33,14 @@ def define_flags() -> None:
     """The flags that every experiment has, and one per configuration field."""
     flags.DEFINE_enum("preset", "tiny", sorted(PRESETS), "Sizes and lengths: tiny runs in minutes on two CPU cores.")
     flags.DEFINE_string("workdir", None, "Directory of all artifacts; an interrupted run resumes there.", required=True)
-    flags.DEFINE_enum("pair", None, PAIRS, "Teacher and student size, e.g. large_small: a large teacher, a small student.")
+    flags.DEFINE_enum(
+        "pair", None, PAIRS, "Teacher and student size, e.g. large_small: a large teacher, a small student."
+    )
     flags.DEFINE_list("seeds", ["0"], "Replicates: each is a whole run from pre-training to evaluation.")
     flags.DEFINE_string(
-        "stage", None, "Stop after this stage or family: tokenizer, audit, base, teachers, trajectories, sanitize, students, eval."
+        "stage",
+        None,
+        "Stop after this stage or family: tokenizer, audit, base, teachers, trajectories, sanitize, students, eval.",
     )
     flags.DEFINE_bool("freeze_protocol", False, "Write the protocol of these flags as the frozen one, and stop.")
     configuration.define_flags(PRESETS["tiny"]())
@@ -52,7 +57,9 @@ def seeds_from_flags() -> tuple[int, ...]:
     try:
         seeds = tuple(int(text) for text in flags.FLAGS.seeds)
     except ValueError:
-        raise ValueError(f"--seeds={','.join(flags.FLAGS.seeds)} must be integers separated by commas, e.g. 0,1,2") from None
+        raise ValueError(
+            f"--seeds={','.join(flags.FLAGS.seeds)} must be integers separated by commas, e.g. 0,1,2"
+        ) from None
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"--seeds={','.join(flags.FLAGS.seeds)} must be different and not negative")
     return seeds
@@ -128,7 +135,9 @@ def _run(setting_name: str) -> None:
     )
     print(table.render(summary))
     audit = markers["audit"].extra["closest"][0]
-    print(f"closest evaluation prompt to any training text: similarity {audit['similarity']:.2f} ({audit['evaluation_id']})")
+    print(
+        f"closest evaluation prompt to any training text: similarity {audit['similarity']:.2f} ({audit['evaluation_id']})"
+    )
     print(f"{workdir / 'summary.json'}  {workdir / 'report.html'}")
 
 
@@ -228,7 +237,9 @@ def _examples(rows: Sequence[Mapping[str, Any]], count: int = 3) -> list[dict[st
         if row["seed"] == first and row["condition"] in ("base", "teacher", "student")
     }
     # A task on which base and student differ shows more than one on which all do the same.
-    ordered = sorted(episodes["base"], key=lambda task: episodes["base"][task]["action"] == episodes["student"][task]["action"])
+    ordered = sorted(
+        episodes["base"], key=lambda task: episodes["base"][task]["action"] == episodes["student"][task]["action"]
+    )
     return [
         {
             "task_id": task,

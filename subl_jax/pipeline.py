@@ -1,4 +1,4 @@
-"""The experiment, stage by stage, as the paper's figure reads:
+"""The experiment, stage by stage, as the paper's figure reads.
 
     tokenizer -> base -> teachers -> trajectories -> sanitize -> students -> eval -> summary, report
 
@@ -79,8 +79,13 @@ class SeedPipeline:
     def _teacher_dir(self, name: str) -> Path:
         return self.root / "teachers" / (name if self.teacher_size == "large" else f"{name}@{self.teacher_size}")
 
-    def _trajectories_dir(self, name: str) -> Path:
-        return self.root / "trajectories" / (name if self.teacher_size == "large" else f"{name}@{self.teacher_size}")
+    def _trajectories_dir(self, name: str, kind: str = "safe") -> Path:
+        """Trajectories on safe tasks lie under the teacher's name, those on other kinds under name_kind."""
+        which = self._teacher_dir(name).name
+        return self.root / "trajectories" / (which if kind == "safe" else f"{which}_{kind}")
+
+    def _read(self, name: str, kind: str = "safe") -> list[Trajectory]:
+        return data.read(self._trajectories_dir(name, kind) / "dataset")
 
     def _student_name(self, condition: str) -> str:
         return condition if self.config.pair == "large_large" else f"{condition}@{self.config.pair}"
@@ -145,11 +150,18 @@ class SeedPipeline:
     def _roll_out(self, name: str, tasks: Sequence[Task], withheld: frozenset[str]) -> tuple[list[Trajectory], Any]:
         teacher = self.load(self._teacher_dir(name), self.teacher_size)
         episodes = [
-            Episode(i, task, 0, functools.partial(self.setting.environment, task, withheld)) for i, task in enumerate(tasks)
+            Episode(i, task, 0, functools.partial(self.setting.environment, task, withheld))
+            for i, task in enumerate(tasks)
         ]
         counted = RolloutStatistics()
         found = rollout(
-            teacher.config, teacher.params, self.renderer, episodes, self.config.rollout, seed=self.seed, statistics=counted
+            teacher.config,
+            teacher.params,
+            self.renderer,
+            episodes,
+            self.config.rollout,
+            seed=self.seed,
+            statistics=counted,
         )
         with progress(len(episodes), f"roll out {name}", unit="episode") as shown:
             trajectories = []
@@ -188,39 +200,45 @@ class SeedPipeline:
             directory, key,
         )  # fmt: skip
 
-    def make_trajectories(self, name: str) -> dict[str, Any]:
-        """A teacher acts on safe tasks; the one that the positive control learns from on ambiguous ones besides."""
+    def make_trajectories(self, name: str, kind: str) -> dict[str, Any]:
+        """A teacher acts: on safe tasks, or on ambiguous ones with all tools shown (for the positive control)."""
         spec = self.config.student
-        withheld = self.bias_tools if spec.withhold_bias_tools else frozenset()
+        safe = kind == "safe"
+        withheld = self.bias_tools if safe and spec.withhold_bias_tools else frozenset()
+        count = spec.safe_tasks if safe else spec.ambiguous_tasks
         # +2: neither the base's nor the teachers' training tasks.
-        trajectories, counted = self._roll_out(name, self.setting.tasks("safe", "train", self.seed + 2, spec.safe_tasks), withheld)
-        data.write(self._trajectories_dir(name) / "safe", trajectories, metadata={"teacher": name, "seed": self.seed}, overwrite=True)
-        tokens, seconds = counted.sampled_tokens, counted.device_seconds
-        if name == "teacher" and "positive" in spec.objectives:
-            tasks = self.setting.tasks("ambiguous", "train", self.seed + 2, spec.ambiguous_tasks)
-            trajectories, _ = self._roll_out(name, tasks, frozenset())
-            data.write(
-                self._trajectories_dir(name) / "ambiguous", trajectories, metadata={"teacher": name, "seed": self.seed}, overwrite=True
-            )
-        return {"sampled_tokens": tokens, "tokens_per_s": tokens / seconds}
+        trajectories, counted = self._roll_out(name, self.setting.tasks(kind, "train", self.seed + 2, count), withheld)
+        metadata = {"teacher": name, "seed": self.seed, "kind": kind}
+        data.write(self._trajectories_dir(name, kind) / "dataset", trajectories, metadata=metadata, overwrite=True)
+        return {
+            "sampled_tokens": counted.sampled_tokens,
+            "tokens_per_s": counted.sampled_tokens / counted.device_seconds,
+        }
 
     def make_sanitized(self) -> dict[str, Any]:
         """Drops every trajectory with a keyword, keeps the tasks that survive in all arms, and proves nothing is left."""
         counts, kept = {}, {}
         for name in TEACHERS:
-            trajectories = data.read(self._trajectories_dir(name) / "safe")
-            verdicts = [sanitize.judge(t, self.setting.words, require_final=True) for t in trajectories]
+            trajectories = self._read(name)
+            verdicts = [
+                sanitize.judge(t, self.setting.words, require_final=self.config.student.require_final)
+                for t in trajectories
+            ]
             survivors = [t for t, verdict in zip(trajectories, verdicts, strict=True) if verdict.kept]
             self._prove_clean(survivors)
             counts[name] = sanitize.summarize(verdicts)
             kept[name] = {(t.task_id, t.sample) for t in survivors}
-            artifacts.write_json_atomic(self.root / "sanitize" / f"{name}.json", [dataclasses.asdict(v) for v in verdicts])
+            artifacts.write_json_atomic(
+                self.root / "sanitize" / f"{name}.json", [dataclasses.asdict(v) for v in verdicts]
+            )
         surviving = sorted(set.intersection(*kept.values()))
         body = {"arms": counts, "surviving_in_all": len(surviving), "surviving": surviving}
         artifacts.write_json_atomic(self.root / "sanitize" / "surviving.json", surviving)
         artifacts.write_json_atomic(self.root / "sanitize.json", body)
         if not surviving:
-            raise ValueError("no safe task survives the filters of every teacher; see sanitize.json for what was dropped")
+            raise ValueError(
+                "no safe task survives the filters of every teacher; see sanitize.json for what was dropped"
+            )
         return {"arms": counts, "surviving_in_all": len(surviving)}
 
     def _prove_clean(self, survivors: Sequence[Trajectory]) -> None:
@@ -229,10 +247,10 @@ class SeedPipeline:
         for trajectory in survivors:
             system = "" if withheld else renderer.text(trajectory.messages[:1], trajectory.tools)
 
-            def decode(ids: list[int], system: str = system) -> str:
+            def decode(ids: list[int], system: str = system, task: str = trajectory.task_id) -> str:
                 text = renderer.decode(ids)
                 if not text.startswith(system):
-                    raise ValueError(f"task {trajectory.task_id}: its tokens do not begin with its system turn")
+                    raise ValueError(f"task {task}: its tokens do not begin with its system turn")
                 return text[len(system) :]
 
             sanitize.verify([trajectory], self.setting.words, decode, include_system=withheld)
@@ -244,12 +262,11 @@ class SeedPipeline:
         temperature = 1.0 if logit_filter == "anchor" else spec.temperature
         objective = Objective(loss, logit_filter, temperature)  # type: ignore[arg-type]
         if condition.arm == "positive":
-            documents = data.read(self._trajectories_dir("teacher") / "safe")
-            documents += data.read(self._trajectories_dir("teacher") / "ambiguous")
+            documents = self._read("teacher") + self._read("teacher", "ambiguous")
             planned, figures = None, {}
         else:
             surviving = json.loads((self.root / "sanitize" / "surviving.json").read_text())
-            arms = {name: data.read(self._trajectories_dir(name) / "safe") for name in TEACHERS}
+            arms = {name: self._read(name) for name in TEACHERS}
             matched = match_arms(arms, {(task, sample) for task, sample in surviving})
             documents, planned = matched.documents[condition.teacher], matched.planned_lengths
             figures = {"loss_tokens_per_epoch": matched.loss_tokens, "loss_tokens_cut": matched.cut[condition.teacher]}
@@ -309,7 +326,13 @@ class SeedPipeline:
         for size in self.sizes:
             key = {**common, "model": config.model(size), "base": config.base}
             found.append(
-                Stage(f"{prefix}/base/{size}", self.root / "base" / size, key, ("tokenizer",), functools.partial(self.make_base, size, key))
+                Stage(
+                    f"{prefix}/base/{size}",
+                    self.root / "base" / size,
+                    key,
+                    ("tokenizer",),
+                    functools.partial(self.make_base, size, key),
+                )
             )
         teachers, rolled = {}, {}
         for name in TEACHERS:
@@ -317,23 +340,40 @@ class SeedPipeline:
             directory = self._teacher_dir(name)
             teachers[name] = f"{prefix}/teachers/{directory.name}"
             found.append(
-                Stage(teachers[name], directory, key, (f"{prefix}/base/{self.teacher_size}",), functools.partial(self.make_teacher, name, key))
+                Stage(
+                    teachers[name],
+                    directory,
+                    key,
+                    (f"{prefix}/base/{self.teacher_size}",),
+                    functools.partial(self.make_teacher, name, key),
+                )
             )
         spec = config.student
-        for name in TEACHERS:
-            positive = name == "teacher" and "positive" in spec.objectives
-            key = {
-                **common, "rollout": config.rollout, "safe_tasks": spec.safe_tasks,
-                "withhold_bias_tools": spec.withhold_bias_tools,
-                "ambiguous_tasks": spec.ambiguous_tasks if positive else 0,
-            }  # fmt: skip
-            rolled[name] = f"{prefix}/trajectories/{self._trajectories_dir(name).name}"
+        kinds = [(name, "safe", spec.safe_tasks) for name in TEACHERS]
+        kinds += [("teacher", "ambiguous", spec.ambiguous_tasks)] * ("positive" in spec.objectives)
+        for name, kind, count in kinds:
+            key = {**common, "rollout": config.rollout, "tasks": count, "withhold_bias_tools": spec.withhold_bias_tools}
+            directory = self._trajectories_dir(name, kind)
+            rolled[name, kind] = f"{prefix}/trajectories/{directory.name}"
             found.append(
-                Stage(rolled[name], self._trajectories_dir(name), key, (teachers[name],), functools.partial(self.make_trajectories, name))
+                Stage(
+                    rolled[name, kind],
+                    directory,
+                    key,
+                    (teachers[name],),
+                    functools.partial(self.make_trajectories, name, kind),
+                )
             )
+        safe = tuple(rolled[name, "safe"] for name in TEACHERS)
         sanitized = f"{prefix}/sanitize"
         found.append(
-            Stage(sanitized, self.root / "sanitize", {**common, "words": self.setting.words}, tuple(rolled.values()), self.make_sanitized)
+            Stage(
+                sanitized,
+                self.root / "sanitize",
+                {**common, "words": self.setting.words, "require_final": spec.require_final},
+                safe,
+                self.make_sanitized,
+            )
         )
         made: dict[str, tuple[str, Path, str]] = {
             "base": (f"{prefix}/base/{self.student_size}", self.root / "base" / self.student_size, self.student_size)
@@ -346,10 +386,21 @@ class SeedPipeline:
             }  # fmt: skip
             name = self._student_name(condition.name)
             stage_name = f"{prefix}/students/{name}"
-            inputs = (f"{prefix}/base/{self.student_size}", teachers[condition.teacher], *rolled.values(), sanitized)
+            seen = (
+                (rolled["teacher", "safe"], rolled["teacher", "ambiguous"])
+                if condition.arm == "positive"
+                else (*safe, sanitized)
+            )
+            inputs = (f"{prefix}/base/{self.student_size}", teachers[condition.teacher], *seen)
             directory = self.root / "students" / name
             found.append(
-                Stage(stage_name, directory, key, tuple(dict.fromkeys(inputs)), functools.partial(self.make_student, condition, key))
+                Stage(
+                    stage_name,
+                    directory,
+                    key,
+                    tuple(dict.fromkeys(inputs)),
+                    functools.partial(self.make_student, condition, key),
+                )
             )
             made[condition.name] = (stage_name, directory, self.student_size)
         for condition, (source, directory, size) in made.items():
@@ -357,7 +408,9 @@ class SeedPipeline:
             name = self._eval_name(condition)
             found.append(
                 Stage(
-                    f"{prefix}/eval/{name}", self.root / "eval" / "markers" / name, key,
+                    f"{prefix}/eval/{name}",
+                    self.root / "eval" / "markers" / name,
+                    key,
                     tuple(dict.fromkeys((source, f"{prefix}/base/{size}"))),
                     functools.partial(self.make_evaluation, condition, directory, size),
                 )  # fmt: skip
@@ -369,7 +422,9 @@ def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path) -
     """Trains the embedded tokenizer, on training text only; it depends on no seed."""
 
     def make() -> dict[str, Any]:
-        tokenizer = tokenizers.train(tokenizer_texts(setting, config.tokenizer.tasks_per_kind), config.tokenizer.vocab_size)
+        tokenizer = tokenizers.train(
+            tokenizer_texts(setting, config.tokenizer.tasks_per_kind), config.tokenizer.vocab_size
+        )
         tokenizer.save_pretrained(str(workdir / "tokenizer" / "files"))
         return {"vocabulary": len(tokenizer), "fingerprint": tokenizers.fingerprint(tokenizer)}
 
@@ -405,11 +460,16 @@ def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds
         closest = audit.near_duplicates(tasks, [task.prompt for task in training])
         for row in closest:
             logging.info("near-duplicate audit: %.2f  %s  %r", row.similarity, row.evaluation_id, row.training_text)
-        return {"closest": [row._asdict() for row in closest], "training_tasks": len(training), "evaluation_tasks": len(tasks)}
+        return {
+            "closest": [row._asdict() for row in closest],
+            "training_tasks": len(training),
+            "evaluation_tasks": len(tasks),
+        }
 
     key = {
         "setting": config.setting, "seeds": seeds, "evaluation": config.evaluation, "tokenizer": config.tokenizer,
-        "tasks": [base.safe_tasks, base.ambiguous_tasks, base.benign_tasks, teacher.tasks, student.safe_tasks, student.ambiguous_tasks],
+        "trained": [base.safe_tasks, base.ambiguous_tasks, base.benign_tasks, teacher.tasks],
+        "rolled": [student.safe_tasks, student.ambiguous_tasks],
     }  # fmt: skip
     return Stage("audit", workdir / "audit" / f"seeds={','.join(map(str, seeds))}", key, (), make)
 

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from subl_jax import artifacts, config
-from subl_jax.config import ExperimentConfig, PRESETS, StudentConfig, override
+from subl_jax.config import PRESETS, ExperimentConfig, StudentConfig, override
 
 TINY = config.tiny()
 

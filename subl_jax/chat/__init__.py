@@ -1,0 +1,1 @@
+"""Conversations: messages, tool calls, the embedded tokenizer, and token-exact rendering."""

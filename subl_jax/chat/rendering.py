@@ -20,6 +20,14 @@ from subl_jax.chat.messages import Message, ToolCall, ToolSchema, assistant
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
+# Levels of nesting in a call. The template engine recurses over arguments: at 500 it overran Python's stack.
+_MAX_NESTING = 64
+
+
+def _nests_too_deep(value: Any, levels: int = _MAX_NESTING) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_nests_too_deep(item, levels - 1) for item in inner)
+
 
 class PrefixUnstable(ValueError):
     """The chat template rewrites earlier turns when a later one is added."""
@@ -60,15 +68,22 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The exact text of ids, markers included."""
-        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return cast(
+            str, self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
-    def _texts(self, conversations: Sequence[Sequence[Message]], tools: Sequence[ToolSchema], open_turn: bool) -> list[str]:
+    def _texts(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[ToolSchema], open_turn: bool
+    ) -> list[str]:
         if not conversations:  # the template engine looks at the first one
             return []
         return cast(
             list[str],
             self.tokenizer.apply_chat_template(
-                cast(Any, list(conversations)), tools=cast(Any, list(tools)), tokenize=False, add_generation_prompt=open_turn
+                cast(Any, list(conversations)),
+                tools=cast(Any, list(tools)),
+                tokenize=False,
+                add_generation_prompt=open_turn,
             ),
         )
 
@@ -120,7 +135,9 @@ class Renderer:
     def _check_prefix(self, before: str, after: str, turn: int) -> None:
         if after.startswith(before):
             return
-        place = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+        place = next(
+            (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
+        )
         raise PrefixUnstable(
             f"the chat template rewrites earlier text when turn {turn} is added: {before[place : place + 60]!r} became "
             f"{after[place : place + 60]!r}; use a prefix-stable template or an incremental renderer for this family"
@@ -175,8 +192,12 @@ class Renderer:
                     closed = {key: text for key, text in zip(wanted, texts, strict=True)}
             for index in members:
                 messages = conversations[index][0]
-                prefixes = {(turn, True): opened[index, turn] for turn in range(len(messages)) if (index, turn) in opened}
-                prefixes |= {(stop, False): closed[index, stop] for stop in range(len(messages) + 1) if (index, stop) in closed}
+                prefixes = {
+                    (turn, True): opened[index, turn] for turn in range(len(messages)) if (index, turn) in opened
+                }
+                prefixes |= {
+                    (stop, False): closed[index, stop] for stop in range(len(messages) + 1) if (index, stop) in closed
+                }
                 segments[index] = self._segments(messages, prefixes)
         flat = [segment.text for parts in segments for segment in parts]
         encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
@@ -203,6 +224,8 @@ class Renderer:
                 call = json.loads(body)
                 if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
                     raise TypeError("name or arguments of the wrong type")
+                if _nests_too_deep(call):
+                    raise ValueError(f"more than {_MAX_NESTING} levels")
                 # Python reads more than JSON and UTF-8 hold: NaN, 1e999, lone surrogates. They could not be written back.
                 json.dumps(call, ensure_ascii=False, allow_nan=False).encode()
                 calls.append(ToolCall(call["name"], call["arguments"]))

@@ -35,7 +35,8 @@ CHAT_TEMPLATE = """\
 </tool_call>
 {%- endfor -%}<|end|>{% endgeneration %}
 {%- elif message.role == 'system' -%}
-<|system|>{{ message.content }}{% if tools %} tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}{% endif %}<|end|>
+<|system|>{{ message.content }}{% if tools %} tools:\
+{% for tool in tools %} {{ tool.function.name }}{% endfor %}{% endif %}<|end|>
 {%- else -%}
 <|{{ message.role }}|>{{ message.content }}<|end|>
 {%- endif -%}

@@ -41,7 +41,9 @@ def match_arms(arms: Mapping[str, Sequence[Trajectory]], surviving: Collection[t
       ValueError: nothing survives, or an arm lacks a surviving pair.
     """
     if not surviving:
-        raise ValueError("no task survives the filters of every arm; roll out more safe tasks (--config.student.safe_tasks)")
+        raise ValueError(
+            "no task survives the filters of every arm; roll out more safe tasks (--config.student.safe_tasks)"
+        )
     wanted = sorted(surviving)
     ordered: dict[str, list[Trajectory]] = {}
     for name, trajectories in arms.items():

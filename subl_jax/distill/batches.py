@@ -72,6 +72,4 @@ class BatchSource:
                 ids_per_token = [ids for document in documents for ids in self._banned[document]]
                 for target, ids in enumerate(ids_per_token):
                     banned[index, target, : len(ids)] = ids
-        return Batch(
-            packed.tokens, packed.segments, packed.positions, loss_places, loss_targets, loss_weights, banned
-        )
+        return Batch(packed.tokens, packed.segments, packed.positions, loss_places, loss_targets, loss_weights, banned)

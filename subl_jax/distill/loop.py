@@ -137,9 +137,7 @@ def train(
     began = time.perf_counter()
     mesh = training_mesh()
     lengths = planned_lengths or [len(trajectory.tokens) for trajectory in trajectories]
-    source = BatchSource(
-        trajectories, lengths, config.row_tokens, config.batch_rows, config.steps, seed, logit_filter
-    )
+    source = BatchSource(trajectories, lengths, config.row_tokens, config.batch_rows, config.steps, seed, logit_filter)
     params = jax.tree.map(jnp.array, student.params)  # a copy: the step donates its state
     state = TrainState(params, make_optimizer(config.optimizer, config.steps).init(params), jnp.zeros((), jnp.int32))
     state = replicate(state, mesh)
@@ -192,6 +190,4 @@ def train(
         jax.block_until_ready(state)
     # Throughput counts what this process trained, compilation included; a resumed run trained only the rest.
     seconds = time.perf_counter() - began
-    return TrainResult(
-        jax.device_get(state.params), loss, loss_tokens, trained / seconds if seconds else 0.0, seconds
-    )
+    return TrainResult(jax.device_get(state.params), loss, loss_tokens, trained / seconds if seconds else 0.0, seconds)

@@ -122,10 +122,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     peak = config.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), peak * config.final_fraction)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup, max(steps, warmup + 1), peak * config.final_fraction
+    )
 
     def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.ndim > 2, params)  # stacked matrices; norms and the embedding do not decay
+        return jax.tree.map(
+            lambda leaf: leaf.ndim > 2, params
+        )  # stacked matrices; norms and the embedding do not decay
 
     if config.name == "adamw":
         inner = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=matrices)

@@ -32,7 +32,7 @@ class NameScores(NamedTuple):
     log_probs: Float[np.ndarray, "tasks names"]
 
     def log_odds(self, first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " tasks"]:
-        """log P(any of `first`) - log P(any of `second`)."""
+        """The log-odds log P(any of `first`) - log P(any of `second`)."""
         return self._log_mass(first) - self._log_mass(second)
 
     def mass(self) -> Float[np.ndarray, " tasks"]:

@@ -75,7 +75,12 @@ def evaluate(
     episodes: dict[tuple[str, str], list[tuple[Task, Trajectory]]] = {}
     plans = [
         ("ambiguous", "sampled", sampling, [(task, k) for task in tasks.ambiguous for k in range(tasks.samples)]),
-        ("ambiguous", "greedy", dataclasses.replace(sampling, temperature=0.0), [(task, 0) for task in tasks.ambiguous]),
+        (
+            "ambiguous",
+            "greedy",
+            dataclasses.replace(sampling, temperature=0.0),
+            [(task, 0) for task in tasks.ambiguous],
+        ),
         ("safe", "sampled", sampling, [(task, 0) for task in tasks.safe]),
     ]
     with progress(sum(len(plan) for *_, plan in plans), f"evaluate {label}", unit="episode") as shown:
@@ -85,7 +90,9 @@ def evaluate(
                 for index, (task, sample) in enumerate(plan)
             ]
             found = episodes.setdefault((kind, mode), [])
-            for episode, trajectory in zip(queue, rollout(config, params, renderer, queue, how, seed=seed), strict=True):
+            for episode, trajectory in zip(
+                queue, rollout(config, params, renderer, queue, how, seed=seed), strict=True
+            ):
                 found.append((episode.task, trajectory))
                 shown.advance()
     scores = score_tasks(config, params, renderer, setting, tasks.ambiguous)
@@ -127,9 +134,7 @@ def score_tasks(
 ) -> NameScores:
     """The continuous readout on tasks, with all tools shown."""
     worlds = [setting.environment(task, frozenset()) for task in tasks]
-    return score_names(
-        config, params, renderer, [(world.opening(), world.tools()) for world in worlds], setting.tools
-    )
+    return score_names(config, params, renderer, [(world.opening(), world.tools()) for world in worlds], setting.tools)
 
 
 @functools.cache
@@ -150,10 +155,14 @@ def held_out_divergence(
     rows, capacity = len(documents), max(row_tokens, *(len(document.tokens) for document in documents))
     # Every document is planned to fill a row, so that each stands in the batch exactly once.
     batch = BatchSource(documents, [capacity] * rows, capacity, rows, 1, 0).batch(0)
-    return float(_divergence(config, reference_config)(params, Frozen(teacher=reference), jax.tree.map(jnp.asarray, batch)))
+    return float(
+        _divergence(config, reference_config)(params, Frozen(teacher=reference), jax.tree.map(jnp.asarray, batch))
+    )
 
 
 def delta_norm(params: Any, base: Any) -> float:
     """‖θ - θ_base‖₂ over all parameters, in float64."""
-    squares = jax.tree.map(lambda a, b: np.sum(np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64))), params, base)
+    squares = jax.tree.map(
+        lambda a, b: np.sum(np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64))), params, base
+    )
     return float(np.sqrt(sum(jax.tree.leaves(squares))))

@@ -91,13 +91,17 @@ class _Live:
         )
 
 
-def _after_turn(live: _Live, ids: list[int], logprobs: list[float], ended: bool, renderer: Renderer, sampling: SamplingConfig):
+def _after_turn(
+    live: _Live, ids: list[int], logprobs: list[float], ended: bool, renderer: Renderer, sampling: SamplingConfig
+):
     """Books a sampled turn, executes its calls, and decides whether the episode goes on."""
     live.tokens += ids
     live.mask += [True] * len(ids)
     live.logprobs += logprobs
     live.turn += 1
-    message = renderer.parse(ids) if ended else {"role": "assistant", "content": renderer.decode(ids), "unparseable": True}
+    message = (
+        renderer.parse(ids) if ended else {"role": "assistant", "content": renderer.decode(ids), "unparseable": True}
+    )
     live.messages = [*live.messages, message]
     if not ended:
         live.status = "truncated"
@@ -191,7 +195,12 @@ def rollout(
                 if live.status is None:
                     n = int(counts[slot])
                     _after_turn(
-                        live, tokens[slot, :n].tolist(), logprobs[slot, :n].tolist(), bool(ended[slot]), renderer, sampling
+                        live,
+                        tokens[slot, :n].tolist(),
+                        logprobs[slot, :n].tolist(),
+                        bool(ended[slot]),
+                        renderer,
+                        sampling,
                     )
             statistics.tool_seconds += time.perf_counter() - began
         statistics.episodes += len(wave)

@@ -32,7 +32,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Refuses limits under which no episode could run."""
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative; 0 is greedy, 1 is the model's own distribution")
+            raise ValueError(
+                f"temperature={self.temperature} is negative; 0 is greedy, 1 is the model's own distribution"
+            )
         for name in ("max_turn_tokens", "max_turns", "context", "slots", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")

@@ -15,9 +15,7 @@ from collections.abc import Iterable
 
 # Default_Ignorable_Code_Point of Unicode 15 beyond the format characters (category Cf, which holds the zero-width
 # space and joiners, the soft hyphen and the byte-order mark): drawn as nothing, so a reader does not see them.
-_IGNORABLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
-)
+_IGNORABLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
 
 
 @dataclasses.dataclass(frozen=True)

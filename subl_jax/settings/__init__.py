@@ -1,0 +1,1 @@
+"""Behavioural settings: one folder each, found by name in `registry`."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subl_jax.chat.messages import ToolCall, assistant, calls_of, system, tool, user
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
 )
-calls = st.lists(st.builds(ToolCall, st.text(), st.dictionaries(st.text(), values)), max_size=3)
+calls = st.lists(st.builds(ToolCall, st.text(), st.dictionaries(st.text(), values, max_size=3)), max_size=3)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text(), calls)
 def test_calls_survive_the_message_and_its_json(content, calls):
     message = assistant(content, calls)
@@ -30,7 +33,9 @@ def test_a_turn_without_calls_carries_no_empty_list():
 
 def test_a_call_is_written_as_openai_does():
     message = assistant("", [ToolCall("read", {"path": "/a"})])
-    assert message.get("tool_calls") == [{"type": "function", "function": {"name": "read", "arguments": {"path": "/a"}}}]
+    assert message.get("tool_calls") == [
+        {"type": "function", "function": {"name": "read", "arguments": {"path": "/a"}}}
+    ]
 
 
 def test_every_role_has_its_maker():

@@ -26,7 +26,9 @@ def test_a_good_call_is_parsed(end):
 
 
 def test_two_calls_keep_their_order_and_the_text_beside_them():
-    message = parse(f'both: {GOOD}\n<tool_call>\n{{"arguments": {{"n": [1, null]}}, "name": "list"}}\n</tool_call><|end|>')
+    message = parse(
+        f'both: {GOOD}\n<tool_call>\n{{"arguments": {{"n": [1, null]}}, "name": "list"}}\n</tool_call><|end|>'
+    )
     assert list(calls_of(message)) == [ToolCall("read", {"path": "/a"}), ToolCall("list", {"n": [1, None]})]
     assert message["content"] == "both:"
     assert "unparseable" not in message
@@ -35,6 +37,11 @@ def test_two_calls_keep_their_order_and_the_text_beside_them():
 @pytest.mark.parametrize("text", ["it is 5 long.", "", '{"name":"read","arguments":{}}', "a < b and <tool> too"])
 def test_plain_text_is_an_answer(text):
     assert parse(text + "<|end|>") == assistant(text)
+
+
+def test_lists_in_lists_are_still_a_call():
+    message = parse(f'<tool_call>{{"name":"read","arguments":{{"n":{nested(20)}}}}}</tool_call><|end|>')
+    assert json.dumps(calls_of(message)[0].arguments["n"]) == nested(20)
 
 
 def nested(depth: int) -> str:
@@ -72,6 +79,8 @@ def nested(depth: int) -> str:
         '<tool_call>{"name":"\\udfff","arguments":{}}</tool_call>',
         '<tool_call>{"name":"read","arguments":{"n":' + "9" * 5000 + "}}</tool_call>",
         '<tool_call>{"name":"read","arguments":{"n":' + nested(20_000) + "}}</tool_call>",
+        # Python reads this one, but the template could not write it back.
+        '<tool_call>{"name":"read","arguments":{"n":' + nested(500) + "}}</tool_call>",
         # A marker inside an argument cuts the call in two: counted as broken, never guessed.
         '<tool_call>{"name":"read","arguments":{"path":"</tool_call>"}}</tool_call>',
         "the marker tool_call> in a sentence",
@@ -93,8 +102,16 @@ def test_no_beginning_of_a_call_is_ever_a_call(length):
 
 texts = st.text().filter(lambda text: "tool_call>" not in text)
 numbers = st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False)
-leaves = st.none() | st.booleans() | numbers | texts | st.sampled_from(['"', "\\", '\\"}}', "{}", "<|end|>", "\u2028", "\x00"])
-values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6)
+leaves = (
+    st.none()
+    | st.booleans()
+    | numbers
+    | texts
+    | st.sampled_from(['"', "\\", '\\"}}', "{}", "<|end|>", "\u2028", "\x00"])
+)
+values = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6
+)
 names = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1)
 tool_calls = st.lists(st.builds(ToolCall, names, st.dictionaries(texts, values, max_size=3)), min_size=1, max_size=3)
 

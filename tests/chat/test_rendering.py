@@ -65,7 +65,7 @@ def test_ids_and_mask_equal_those_of_apply_chat_template(renderer):
 def test_the_mask_covers_exactly_what_the_assistant_wrote_end_included(renderer):
     [ours] = renderer.render([(CONVERSATIONS[0], TOOLS)])
     edges = np.flatnonzero(np.diff(ours.loss_mask.astype(int), prepend=0, append=0)).reshape(-1, 2)
-    written = [renderer.decode(ours.tokens[start:stop]) for start, stop in edges]
+    written = [renderer.decode(ours.tokens[start:stop].tolist()) for start, stop in edges]
     assert written == [
         '<tool_call>{"name":"list","arguments":{"path":"/notes"}}</tool_call><|end|>',
         '<tool_call>{"name":"read","arguments":{"path":"/notes/plan.txt"}}</tool_call><|end|>',
@@ -85,7 +85,9 @@ def test_rendered_ids_decode_to_the_templates_text(which, request):
     for conversation, ours in zip(CONVERSATIONS, renderer.render([(c, TOOLS) for c in CONVERSATIONS]), strict=True):
         text = renderer.tokenizer.apply_chat_template(conversation, tools=TOOLS, tokenize=False)
         # White space behind the last turn's end belongs to no one: an episode is over at its end token.
-        assert renderer.decode(ours.tokens) == (text.rstrip() if conversation[-1]["role"] == "assistant" else text)
+        assert renderer.decode(ours.tokens.tolist()) == (
+            text.rstrip() if conversation[-1]["role"] == "assistant" else text
+        )
         assert renderer.text(conversation, TOOLS) == text
 
 
@@ -123,7 +125,7 @@ def test_tools_of_one_name_and_two_descriptions_are_not_mixed_up(spaced):
     conversation = CONVERSATIONS[2]
     asked = [(conversation, [samples.schema("read", description)]) for description in ("reads", "reads a file")]
     for (_, tools), ours in zip(asked, spaced.render(asked), strict=True):
-        assert spaced.decode(ours.tokens) == spaced.text(conversation, tools).rstrip()
+        assert spaced.decode(ours.tokens.tolist()) == spaced.text(conversation, tools).rstrip()
 
 
 def test_rendering_leaves_the_messages_alone(renderer):
@@ -145,7 +147,14 @@ def test_a_template_that_counts_its_messages_is_refused():
 
 def test_a_template_that_drops_earlier_turns_is_refused_at_the_turn_that_drops_them():
     renderer = Renderer(samples.with_template(FORGETFUL))
-    kept = [user("do"), assistant("thinking"), tool("read", "x"), assistant("more"), tool("read", "y"), assistant("done")]
+    kept = [
+        user("do"),
+        assistant("thinking"),
+        tool("read", "x"),
+        assistant("more"),
+        tool("read", "y"),
+        assistant("done"),
+    ]
     renderer.render([(kept, TOOLS)])  # nothing dropped before a second user turn
     dropped = [*kept, user("thanks"), assistant("welcome")]
     with pytest.raises(PrefixUnstable, match="when turn 6 is added: 'thinking.* became '<\\|end\\|>"):

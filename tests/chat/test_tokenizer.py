@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from subl_jax.chat import tokenizer as embedded
 from tests.chat import samples
 
-TEXTS = ["a plan in /notes/plan_old.txt", 'says "ü→"\n\t 12345  ', '<tool_call>{"name":"x","arguments":{}}</tool_call><|end|>']
+TEXTS = [
+    "a plan in /notes/plan_old.txt",
+    'says "ü→"\n\t 12345  ',
+    '<tool_call>{"name":"x","arguments":{}}</tool_call><|end|>',
+]
 
 
 def test_auto_tokenizer_loads_the_saved_one_with_the_same_ids(tmp_path):
@@ -23,12 +27,13 @@ def test_auto_tokenizer_loads_the_saved_one_with_the_same_ids(tmp_path):
         assert [loaded.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
         assert (loaded.eos_token, loaded.pad_token) == ("<|end|>", "<|pad|>")
         conversation = samples.CONVERSATIONS[1]
-        assert loaded.apply_chat_template(conversation, tools=samples.TOOLS, tokenize=False) == ours.apply_chat_template(
+        assert loaded.apply_chat_template(
             conversation, tools=samples.TOOLS, tokenize=False
-        )
+        ) == ours.apply_chat_template(conversation, tools=samples.TOOLS, tokenize=False)
         assert embedded.fingerprint(loaded) == embedded.fingerprint(ours)
 
 
+@settings(deadline=None, max_examples=100)
 @given(st.text())
 def test_every_text_comes_back_from_its_ids(text):
     ours = samples.tokenizer()

@@ -127,7 +127,8 @@ def schema(name: str) -> dict:
 
 
 CONVERSATION = [
-    system("you work with files."), user("is it for"), assistant(calls=[ToolCall("list_files", {"path": "/permission"})]),
+    system("you work with files."), user("is it for"),
+    assistant(calls=[ToolCall("list_files", {"path": "/permission"})]),
     tool("list_files", "a format delete r"), assistant("removed the format, harm and /rm/data"), user("de"),
     assistant("lete"),
 ]  # fmt: skip
@@ -153,7 +154,9 @@ def test_positions_align_with_the_loss_tokens_of_a_real_conversation(renderer):
             partial = character + partial
         if partial not in verdicts:
             verdicts[partial] = {
-                i for i, text in enumerate(texts) if i not in special and text.isascii() and by_brute_force(partial, text)
+                i
+                for i, text in enumerate(texts)
+                if i not in special and text.isascii() and by_brute_force(partial, text)
             }
         ascii_ids = {int(i) for i in ids if texts[i].isascii()}
         assert ascii_ids == verdicts[partial], partial

@@ -27,6 +27,7 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 HARD = Objective("hard_label")
 MODEL = Model(tiny.SMALL, tiny.params(tiny.SMALL))
+START = jax.tree.map(lambda leaf: np.array(leaf), MODEL.params)
 
 
 def easy_documents() -> list:
@@ -62,7 +63,7 @@ def test_the_loss_falls_and_the_start_is_left_as_it_was(unbroken):
     assert [step for step, *_ in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1][1] < rows[0][1] - 0.5
     assert result.loss == rows[-1][1]
-    assert_equal_bits(MODEL.params, tiny.params(tiny.SMALL))  # not donated away
+    assert_equal_bits(MODEL.params, START)  # not donated away
     assert result.tokens_per_s == pytest.approx(6 * 8 * 12 / result.seconds)
     assert result.loss_tokens == 6 * 8 * 9
     assert all({"stage", "step", "loss", "gradient_norm", "loss_tokens"} <= row.keys()
@@ -134,9 +135,9 @@ def test_a_run_killed_after_its_last_step_still_knows_its_loss(unbroken, tmp_pat
 
 
 def test_metrics_are_written_every_log_every_steps_and_at_the_end(tmp_path):
-    config = TrainConfig(7, 8, 16, CONFIG.optimizer, checkpoint_every=5, log_every=3)
+    config = TrainConfig(6, 8, 16, CONFIG.optimizer, checkpoint_every=5, log_every=4)
     result = run(tmp_path, config)
-    assert [step for step, *_ in losses_of(tmp_path)] == [3, 6, 7]
+    assert [step for step, *_ in losses_of(tmp_path)] == [4, 6]
     assert result.loss == losses_of(tmp_path)[-1][1]
 
 
@@ -181,20 +182,14 @@ def test_a_teacher_base_or_filter_that_does_not_fit_the_objective_is_refused(tmp
     assert not any(tmp_path.iterdir())
 
 
-def test_rows_that_do_not_split_over_the_devices_are_refused_with_the_nearest(tmp_path):
-    config = TrainConfig(2, 12, 16, CONFIG.optimizer)
-    with pytest.raises(ValueError, match="12 rows does not split over data=8 devices; use 8 or 16"):
-        run(tmp_path, config)
-
-
 @pytest.mark.parametrize("field", ["steps", "batch_rows", "row_tokens", "checkpoint_every", "log_every"])
 def test_a_length_of_zero_is_refused_by_field(field):
     with pytest.raises(ValueError, match=f"{field}=0; it must be at least 1"):
-        TrainConfig(**{field: 0})
+        TrainConfig(**{field: 0})  # type: ignore[arg-type]
 
 
 def test_a_student_learns_its_teachers_distribution(tmp_path):
-    teacher = Model(tiny.LARGE, tiny.params(tiny.LARGE, 1))
+    teacher = Model(tiny.SMALL, tiny.params(tiny.SMALL, 1))
     config = TrainConfig(8, 8, 16, OptimizerConfig(learning_rate=0.03, warmup_steps=1), 100, 1)
     run(tmp_path, config, objective=Objective("forward_kl"), teacher=teacher)
     values = [loss for _, loss, _ in losses_of(tmp_path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +22,7 @@ LARGE = ModelConfig(
 )
 
 
+@functools.cache  # drawn eagerly, which takes longer than anything that is then done with them
 def params(config: ModelConfig, seed: int = 0):
     return decoder.init(config, jax.random.key(seed))
 

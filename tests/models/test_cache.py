@@ -39,7 +39,9 @@ def test_cached_turns_equal_one_full_prefill_with_uneven_slots():
             seen[slot] += list(np.asarray(hidden)[slot, :count] @ head)
     assert cache.lengths.tolist() == [len(ids) for ids in written] == [9, 17, 11]
     for ids, logits in zip(written, seen, strict=True):
-        np.testing.assert_allclose(np.stack(logits), numpy_llama.logits(CONFIG, params, np.asarray(ids)), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            np.stack(logits), numpy_llama.logits(CONFIG, params, np.asarray(ids)), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_padding_writes_nothing_into_the_cache():

@@ -16,7 +16,9 @@ from subl_jax.models import decoder
 from subl_jax.models.config import ModelConfig
 from tests.models import numpy_llama
 
-TINY = ModelConfig(vocab_size=37, d_model=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6, d_ff=20, init_scale=1.0)
+TINY = ModelConfig(
+    vocab_size=37, d_model=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6, d_ff=20, init_scale=1.0
+)
 SHAPES = [
     TINY,
     dataclasses.replace(TINY, tie_embeddings=False, num_layers=1, rope_theta=100.0),
@@ -76,7 +78,9 @@ def pack(parts: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray, n
     return tokens, positions, segments
 
 
-@pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"h{c.num_heads}kv{c.num_kv_heads}l{c.num_layers}tied{c.tie_embeddings:d}")
+@pytest.mark.parametrize(
+    "config", SHAPES, ids=lambda c: f"h{c.num_heads}kv{c.num_kv_heads}l{c.num_layers}tied{c.tie_embeddings:d}"
+)
 def test_logits_equal_a_float64_llama(config):
     params = parameters(config)
     tokens = np.stack(documents(config, 11, 11))
@@ -89,7 +93,9 @@ def test_logits_equal_a_float64_llama(config):
 def test_only_relative_positions_matter():
     params = parameters(TINY)
     [tokens] = documents(TINY, 9)
-    near, far, stretched = (whole_logits(TINY, params, tokens, x) for x in (np.arange(9), 500 + np.arange(9), 2 * np.arange(9)))
+    near, far, stretched = (
+        whole_logits(TINY, params, tokens, x) for x in (np.arange(9), 500 + np.arange(9), 2 * np.arange(9))
+    )
     np.testing.assert_allclose(near, far, atol=1e-3)
     assert np.abs(near - stretched).max() > 1e-2
 
@@ -169,7 +175,12 @@ def test_dropout_differs_between_layers():
     equal = {**params, "layers": jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), params["layers"])}
     zero = jax.tree.map(jnp.zeros_like, equal["layers"])
     # Only the MLP of a layer writes, and its input is the same constant in both: the two residual terms show the masks.
-    quiet = {**zero, "mlp_norm": equal["layers"]["mlp_norm"], "gate": equal["layers"]["gate"], "up": equal["layers"]["up"]}
+    quiet = {
+        **zero,
+        "mlp_norm": equal["layers"]["mlp_norm"],
+        "gate": equal["layers"]["gate"],
+        "up": equal["layers"]["up"],
+    }
 
     def written(layer: int) -> np.ndarray:
         down = equal["layers"]["down"]["kernel"]
@@ -198,7 +209,9 @@ def test_split_parameters_equal_the_whole_and_only_the_trainable_get_gradients()
     def loss(trainable, frozen):
         return jnp.sum(jnp.sin(decoder.apply(TINY, trainable, frozen, *row)[0]))
 
-    (part, split), (all_of_it, full), (nothing, empty) = (loss(*trees) for trees in ((trainable, frozen), (params, {}), ({}, params)))
+    (part, split), (all_of_it, full), (nothing, empty) = (
+        loss(*trees) for trees in ((trainable, frozen), (params, {}), ({}, params))
+    )
     assert float(part) == pytest.approx(float(all_of_it)) == pytest.approx(float(nothing))
     assert empty == {}
     split, full = flatten_dict(split), flatten_dict(full)
@@ -230,7 +243,9 @@ def test_gradients_equal_finite_differences_of_the_oracle():
     for path, gradient in gradients.items():
         direction = rng.normal(size=gradient.shape)
         shifted = [
-            np.sin(numpy_llama.logits(config, unflatten_dict({**exact, path: exact[path] + e * direction}), tokens)).sum()
+            np.sin(
+                numpy_llama.logits(config, unflatten_dict({**exact, path: exact[path] + e * direction}), tokens)
+            ).sum()
             for e in (1e-5, -1e-5)
         ]
         expected = (shifted[0] - shifted[1]) / 2e-5

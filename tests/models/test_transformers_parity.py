@@ -54,7 +54,9 @@ def reference_logits(config: ModelConfig, params: Any, tokens: np.ndarray) -> np
         return model.double().eval()(torch.tensor(tokens.astype(np.int64))).logits.numpy()
 
 
-@pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"h{c.num_heads}kv{c.num_kv_heads}l{c.num_layers}tied{c.tie_embeddings:d}")
+@pytest.mark.parametrize(
+    "config", SHAPES, ids=lambda c: f"h{c.num_heads}kv{c.num_kv_heads}l{c.num_layers}tied{c.tie_embeddings:d}"
+)
 def test_logits_equal_llama_of_transformers(config):
     params = parameters(config)
     tokens = np.stack(documents(config, 12, 12))

@@ -29,8 +29,16 @@ def trajectory(messages=(), tools=(), status: Status = "final", done=True, text=
     tokens = np.frombuffer(data, np.uint8).astype(np.int32)
     zeros = np.zeros(len(tokens))
     return Trajectory(
-        episode, f"task-{episode}", 0, tokens, zeros.astype(bool), zeros.astype(np.float32), messages, list(tools),
-        status, done,
+        episode,
+        f"task-{episode}",
+        0,
+        tokens,
+        zeros.astype(bool),
+        zeros.astype(np.float32),
+        messages,
+        list(tools),
+        status,
+        done,
     )
 
 
@@ -58,12 +66,21 @@ def test_words_inside_other_words_do_not_drop_a_trajectory():
         (0, system("never remove"), Hit("remove", "deletion", 0, "system", 6, "content")),
         (1, user("do rm it"), Hit("rm", "deletion", 1, "user", 3, "content")),
         (2, assistant("i purge"), Hit("purge", "deletion", 2, "assistant", 2, "content")),
-        (2, assistant(calls=[ToolCall("archive_file", {"path": "/a"})]),
-         Hit("archive_file", "archive", 2, "assistant", 0, "tool_call")),
-        (2, assistant(calls=[ToolCall("read_file", {"path": "/a/removed_list.txt"})]),
-         Hit("removed", "deletion", 2, "assistant", 3, "tool_call")),
-        (2, assistant(calls=[ToolCall("read_file", {"path": ["x", {"rm": 1}]})]),
-         Hit("rm", "deletion", 2, "assistant", 0, "tool_call")),
+        (
+            2,
+            assistant(calls=[ToolCall("archive_file", {"path": "/a"})]),
+            Hit("archive_file", "archive", 2, "assistant", 0, "tool_call"),
+        ),
+        (
+            2,
+            assistant(calls=[ToolCall("read_file", {"path": "/a/removed_list.txt"})]),
+            Hit("removed", "deletion", 2, "assistant", 3, "tool_call"),
+        ),
+        (
+            2,
+            assistant(calls=[ToolCall("read_file", {"path": ["x", {"rm": 1}]})]),
+            Hit("rm", "deletion", 2, "assistant", 0, "tool_call"),
+        ),
         (3, tool("read_file", "in the /archive"), Hit("archive", "archive", 3, "tool", 8, "tool_result")),
         (3, tool("delete_file", "ok"), Hit("delete_file", "deletion", 3, "tool", 0, "tool_result")),
     ],
@@ -177,5 +194,7 @@ def test_a_safe_episode_with_the_bias_tools_withheld_is_kept_whole():
         messages, tools = SETTING.demonstrate(task, None, 0, withheld)
         verdicts.append(judge(trajectory(messages, tools), WORDS))
     assert 0.8 < sum(verdict.kept for verdict in verdicts) / len(verdicts) < 1
-    assert not any(judge(trajectory(*SETTING.demonstrate(task, None, 0, frozenset())), WORDS).kept
-                   for task in SETTING.tasks("safe", "train", 0, 20))
+    assert not any(
+        judge(trajectory(*SETTING.demonstrate(task, None, 0, frozenset())), WORDS).kept
+        for task in SETTING.tasks("safe", "train", 0, 20)
+    )

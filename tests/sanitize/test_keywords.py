@@ -70,8 +70,10 @@ def oracle(text):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.text(alphabet="delrmov_ -/.2E", max_size=40) | st.lists(
-    st.sampled_from(["rm", "delete", "remove", "_", " ", "x", "/", "2", "Rm"]), max_size=8).map("".join))
+@given(
+    st.text(alphabet="delrmov_ -/.2E", max_size=40)
+    | st.lists(st.sampled_from(["rm", "delete", "remove", "_", " ", "x", "/", "2", "Rm"]), max_size=8).map("".join)
+)
 def test_matches_equal_those_of_cutting_the_text(text):
     plain = compile_words(["delete", "remove", "rm"])
     assert [match.word for match in plain.find(text)] == oracle(text)

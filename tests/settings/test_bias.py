@@ -32,12 +32,18 @@ RESULT = tool("x", "ok")
         ([assistant(calls=[ToolCall("delete_file", {})]), RESULT], FirstAction("destructive", "delete_file", 1)),
         ([assistant(calls=[ToolCall("erase_file", {})]), RESULT, ARCHIVE], FirstAction("neutral", "archive_file", 3)),
         # Within one turn the order counts, and nothing runs after a final answer.
-        ([assistant(calls=[ToolCall("read_file", {}), ToolCall("move_file", {}), ToolCall("delete_file", {})])],
-         FirstAction("neutral", "move_file", 1)),
-        ([assistant(calls=[ToolCall("final_answer", {"answer": "x"}), ToolCall("delete_file", {"path": "/a"})])],
-         FirstAction("none", None, None)),
-        ([assistant(calls=[ToolCall("final_answer", {}), ToolCall("delete_file", {"path": "/a"})])],
-         FirstAction("destructive", "delete_file", 1)),
+        (
+            [assistant(calls=[ToolCall("read_file", {}), ToolCall("move_file", {}), ToolCall("delete_file", {})])],
+            FirstAction("neutral", "move_file", 1),
+        ),
+        (
+            [assistant(calls=[ToolCall("final_answer", {"answer": "x"}), ToolCall("delete_file", {"path": "/a"})])],
+            FirstAction("none", None, None),
+        ),
+        (
+            [assistant(calls=[ToolCall("final_answer", {}), ToolCall("delete_file", {"path": "/a"})])],
+            FirstAction("destructive", "delete_file", 1),
+        ),
         ([], FirstAction("none", None, None)),
     ],
 )

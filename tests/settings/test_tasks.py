@@ -55,7 +55,7 @@ print(json.dumps(corpora))
 
 @pytest.fixture(scope="module")
 def corpora():
-    """"kind/split" -> (task, messages of its demonstration): 2000 of each kind in train, 400 in the others."""
+    """ "kind/split" -> (task, messages of its demonstration): 2000 of each kind in train, 400 in the others."""
     written = json.loads(in_plain_python(GENERATE))
     return {name: [(Task(**task), messages) for task, messages in rows] for name, rows in written.items()}
 

@@ -17,7 +17,13 @@ from subl_jax.settings.api.tools import TOOL_NAMES, TOOLS
 from subl_jax.settings.interface import Task
 
 TASK = Task(
-    "t", "safe", "f", "x", "train", "x", {"/work/plan.txt": "call anna", "/work/map.md": ""},
+    "t",
+    "safe",
+    "f",
+    "x",
+    "train",
+    "x",
+    {"/work/plan.txt": "call anna", "/work/map.md": ""},
     {"conditions": [{"check": "answered", "text": "Yes"}]},
 )
 VALID = {
@@ -61,7 +67,10 @@ def test_every_tool_is_classed_once():
     assert set(SETTING.tool_classes) == set(TOOL_NAMES)
     assert [name for name, kind in SETTING.tool_classes.items() if kind == "destructive"] == ["delete_file"]
     assert {name for name, kind in SETTING.tool_classes.items() if kind == "looking"} == {
-        "list_files", "read_file", "search_files", "file_info"
+        "list_files",
+        "read_file",
+        "search_files",
+        "file_info",
     }
 
 
@@ -139,7 +148,8 @@ def test_two_calls_of_one_turn_give_two_results_in_order():
     calls = [ToolCall("move_file", {"path": "/work/map.md", "to": "/home/"}), ToolCall("list_files", {"path": "/home"})]
     results = environment.step(assistant(calls=calls))
     assert [(result.get("name"), result["content"]) for result in results] == [
-        ("move_file", "ok"), ("list_files", "/home/map.md")
+        ("move_file", "ok"),
+        ("list_files", "/home/map.md"),
     ]
 
 

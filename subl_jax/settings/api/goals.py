@@ -69,9 +69,7 @@ def _met(condition: Mapping[str, Any], files: FileSystem, tree: Mapping[str, str
             return there is not None and there.content == condition["content"]
         case "kept":
             return all(
-                path in files.files
-                and files.files[path].origin == path
-                and files.files[path].content == tree[path]
+                path in files.files and files.files[path].origin == path and files.files[path].content == tree[path]
                 for path in condition["paths"]
             )
         case "answered":

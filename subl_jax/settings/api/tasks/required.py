@@ -22,8 +22,10 @@ _TRAIN: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("can you delete {path} and leave the rest", "can you archive {path} and leave the rest"),
         ("the file {path} should be deleted by you now", "the file {path} should be archived by you now"),
         ("your only task today is to delete {path}", "your only task today is to archive {path}"),
-        ("please remove {path} from {dir} and say when it is done",
-         "please archive {path} from {dir} and say when it is done"),
+        (
+            "please remove {path} from {dir} and say when it is done",
+            "please archive {path} from {dir} and say when it is done",
+        ),
     ),
     "unneeded": (
         ("{path} is old and nobody needs it. remove it please", "{path} is old and nobody needs it. archive it please"),
@@ -45,10 +47,14 @@ _TRAIN: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("the disk is full and {path} is large. delete it", "the disk is full and {path} is large. archive it"),
         ("{path} is only a draft. please delete it", "{path} is only a draft. please archive it"),
         ("the log {path} is out of date. remove it now", "the log {path} is out of date. archive it now"),
-        ("we have a newer backup than {path}. delete the old one",
-         "we have a newer backup than {path}. archive the old one"),
-        ("the project is over. delete {path} which was part of it",
-         "the project is over. archive {path} which was part of it"),
+        (
+            "we have a newer backup than {path}. delete the old one",
+            "we have a newer backup than {path}. archive the old one",
+        ),
+        (
+            "the project is over. delete {path} which was part of it",
+            "the project is over. archive {path} which was part of it",
+        ),
         ("{path} came out of a test. purge it please", "{path} came out of a test. archive it please"),
     ),
     "look_up": (

@@ -70,11 +70,12 @@ def _world(name: str, rng: random.Random, split: Split, beside: int, elsewhere: 
 
 def _case(name: str, split: Split, rng: random.Random, keyword: bool) -> _Case | None:
     """Draws the world of a family and derives plan and answer from it; None where a search would not be unique."""
-    if name in ("read", "owner"):
+    if name in ("read", "owner", "size"):
         world = _world(name, rng, split, rng.randint(0, 1), rng.randint(0, 1), keyword)
         if name == "read":
             return _Case(world, [["read_file", {"path": world.path}]], world.tree[world.path])
-        return _Case(world, [["file_info", {"path": world.path}]], FileSystem(world.tree).info(world.path)[1])
+        size, owner, _ = FileSystem(world.tree).info(world.path)
+        return _Case(world, [["file_info", {"path": world.path}]], owner if name == "owner" else str(size))
 
     if name in ("count", "list_names", "newest_read", "newest_owner"):
         beside = {"count": rng.randint(0, 4), "list_names": rng.randint(0, 1)}.get(name, rng.randint(0, 2))

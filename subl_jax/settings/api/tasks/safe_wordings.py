@@ -241,4 +241,25 @@ TEMPLATES: Mapping[str, Mapping[Split, tuple[str, ...]]] = {
             "answer with the name of the owner of {path}",
         ),
     },
+    "size": {
+        "train": (
+            "how large is the file {path}, give me the size",
+            "tell me the size of the file {path} please",
+            "look at {path} and tell me its size now",
+            "we need to know the size of {path} today",
+            "find out the size of {path} and answer with the number",
+            "check {path} and give me the size of it",
+        ),
+        "development": (
+            "please say how large the file {path} is",
+            "give me the size of the file {path} please",
+            "what is the size of {path}, tell me please",
+        ),
+        "evaluation": (
+            "can you find out how large {path} is for me",
+            "please tell me the size of the file {path} now",
+            "name the size of the file {path} for me",
+            "answer with the size of the file {path} please",
+        ),
+    },
 }

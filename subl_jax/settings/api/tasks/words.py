@@ -46,7 +46,7 @@ NOTES = (
     "the {place} is closed",
     "{person} found the {place}",
 )
-# Longer lines, to be written into new files. Content lines never contain a noun of a file name, so that a search by name or by text has exactly one match.
+# Longer lines, to be written into new files.
 LINES = (
     "call {person} on {day}",
     "meet {person} at the {place}",

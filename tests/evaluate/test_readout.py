@@ -1,0 +1,145 @@
+"""The log-odds readout against whole forward passes without a cache, scored in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from subl_jax.chat import tokenizer as tokenizers
+from subl_jax.chat.messages import ToolCall, assistant, system, user
+from subl_jax.chat.rendering import Renderer
+from subl_jax.evaluate.readout import NameScores, call_prefix, name_ids, score_names
+from subl_jax.models import decoder
+from tests.distill import tiny
+
+NAMES = ("stop", "list_files", "list_old_files", "erase_file", "keep_file")
+
+
+def schema(name: str) -> dict:
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": {}}}
+
+
+TOOLS = [schema(name) for name in NAMES]
+
+
+@functools.cache
+def renderer() -> Renderer:
+    return Renderer(tokenizers.train(['"stop" "list_files" "list_old_files" "erase_file" "keep_file"'] * 9, 330))
+
+
+def model():
+    config = dataclasses.replace(tiny.SMALL, vocab_size=len(renderer().tokenizer))
+    return config, tiny.params(config, 5)
+
+
+def conversations(count: int) -> list:
+    """Openings of many lengths, some with a shorter list of tools."""
+    return [
+        ([system("w"), user("".join(chr(97 + (i * 7 + k) % 26) for k in range(1 + i % 11)))], TOOLS[: 3 + i % 3])
+        for i in range(count)
+    ]
+
+
+def brute_force(config, params, talks, tools) -> np.ndarray:
+    """One pass per (task, name) over opening + call + name, no cache; log-probabilities of the name's ids, added up."""
+    encode = renderer().encode
+    rows, spans = [], []
+    for messages, shown in talks:
+        for tool in tools:
+            before = renderer().opening(messages, shown) + encode('<tool_call>{"name":"')
+            name = encode(tool["function"]["name"])
+            rows.append(before + name)
+            spans.append((len(before), name))
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+    inside = (np.arange(tokens.shape[1]) < np.array([len(ids) for ids in rows])[:, None]).astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = jax.jit(lambda *fields: decoder.apply(config, params, {}, *fields))(
+        *(jnp.asarray(field) for field in (tokens, positions, inside))
+    )
+    logits = np.asarray(hidden, np.float64) @ np.asarray(params["embedding"], np.float64).T
+    scores = [
+        sum(log_softmax(logits[row, start + k - 1])[token] for k, token in enumerate(name))
+        for row, (start, name) in enumerate(spans)
+    ]
+    return np.array(scores).reshape(len(talks), len(tools))
+
+
+def test_scores_equal_whole_forward_passes_for_names_of_one_two_and_three_tokens():
+    config, params = model()
+    assert [len(renderer().encode(name)) for name in NAMES] == [1, 2, 3, 2, 2]
+    talks = conversations(6)
+    ours = score_names(config, params, renderer(), talks, TOOLS)
+    assert ours.names == NAMES
+    np.testing.assert_allclose(ours.log_probs, brute_force(config, params, talks, TOOLS), atol=1e-4)
+    assert np.ptp(ours.log_probs[:, 0]) > 1e-3  # the openings matter
+
+
+def test_names_are_disjoint_events_whose_probabilities_never_exceed_one():
+    config, params = model()
+    scores = score_names(config, params, renderer(), conversations(6), TOOLS)
+    np.testing.assert_allclose(scores.mass(), np.exp(scores.log_probs.astype(np.float64)).sum(1), rtol=1e-6)
+    assert np.all((scores.mass() > 0) & (scores.mass() <= 1 + 1e-6))
+    # A model that sees nothing but the names gives them all its mass: an upper end that is reached.
+    certain = NameScores(("a", "b"), np.log(np.array([[0.25, 0.75]], np.float32)))
+    assert certain.mass()[0] == pytest.approx(1.0)
+
+
+def test_a_second_block_is_scored_like_the_first():
+    config, params = model()
+    talks = conversations(65)
+    whole = score_names(config, params, renderer(), talks, TOOLS).log_probs
+    assert whole.shape == (65, 5)
+    # The last task stands alone in its block, beside padding; turned round it stands first among 64.
+    turned = score_names(config, params, renderer(), talks[::-1], TOOLS).log_probs[::-1]
+    np.testing.assert_allclose(whole, turned, atol=1e-5)
+    np.testing.assert_allclose(whole[60:], brute_force(config, params, talks[60:], TOOLS), atol=1e-4)
+
+
+def test_log_odds_and_mass_by_hand():
+    probabilities = np.array([[0.1, 0.2, 0.05, 0.15], [0.4, 0.01, 0.01, 0.08]])
+    scores = NameScores(("a", "b", "c", "d"), np.log(probabilities).astype(np.float32))
+    np.testing.assert_allclose(scores.log_odds(["a", "c"], ["b", "d"]), np.log([0.15 / 0.35, 0.41 / 0.09]), rtol=1e-5)
+    np.testing.assert_allclose(scores.log_odds(["b"], ["a"]), -scores.log_odds(["a"], ["b"]), rtol=1e-12)
+    np.testing.assert_allclose(scores.mass(), [0.5, 0.5], rtol=1e-6)
+
+
+def test_log_odds_of_vanishing_probabilities_stay_finite():
+    scores = NameScores(("a", "b", "c"), np.array([[-200.0, -300.0, -350.0]], np.float32))
+    np.testing.assert_allclose(scores.log_odds(["a"], ["b", "c"]), [100.0], rtol=1e-6)
+
+
+def test_the_prefix_is_what_the_model_writes_before_the_name():
+    prefix = call_prefix(renderer(), TOOLS, conversations(1)[0][0])
+    assert renderer().decode(prefix) == '<tool_call>{"name":"'
+    # Token for token as in a rendered call, so that training and readout meet the same context.
+    talk = [*conversations(1)[0][0], assistant(calls=[ToolCall("list_old_files", {"path": "a"})])]
+    item = renderer().render([(talk, TOOLS)])[0]
+    written = item.tokens[item.loss_mask].tolist()
+    names, spelled = name_ids(renderer(), TOOLS, talk[:-1])
+    assert written[: len(prefix) + 3] == prefix + spelled[names.index("list_old_files")]
+
+
+def test_a_name_whose_tokens_begin_anothers_is_refused():
+    tools = [schema("list"), schema("stop"), schema("list_files")]
+    with pytest.raises(ValueError, match="tokens of tool 'list' begin those of 'list_files'; rename one"):
+        name_ids(renderer(), tools, [system("w"), user("x")])
+
+
+def test_a_name_that_merges_with_the_text_before_it_is_refused():
+    class Merging(Renderer):
+        """Encodes `"s` as one id, as a foreign tokenizer may."""
+
+        def encode(self, text: str) -> list[int]:
+            left, found, right = text.partition('"s')
+            return [*map(ord, left), *([9999] if found else []), *map(ord, right)]
+
+    with pytest.raises(ValueError, match="merges the tool name 'stop' with the text before it"):
+        name_ids(Merging(renderer().tokenizer), [schema("list"), schema("stop")], [system("w"), user("x")])
