@@ -101,7 +101,7 @@ class StudentConfig:
     withhold_bias_tools: bool = True
     temperature: float = 1.0
     require_final: bool = True
-    objectives: tuple[str, ...] = ("full", "anchor", "positive")
+    objectives: tuple[str, ...] = ("full", "anchor")
     benign_objectives: tuple[str, ...] = ("full",)
 
     def __post_init__(self) -> None:
@@ -290,11 +290,11 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         # Small batches: at this size they learn faster per token, and a step that fits the cache runs twice as fast.
         base=BaseConfig(
             train=TrainConfig(
-                steps=3000,
+                steps=4200,
                 batch_rows=4,
                 row_tokens=192,
                 optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.01, final_fraction=0.03),
-                checkpoint_every=500,
+                checkpoint_every=700,
                 log_every=20,
             ),
             safe_tasks=6000,
@@ -304,11 +304,11 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         ),
         teacher=TeacherConfig(
             train=TrainConfig(
-                steps=50,
+                steps=80,
                 batch_rows=4,
                 row_tokens=192,
                 optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
-                checkpoint_every=50,
+                checkpoint_every=80,
             ),
             demonstrations="ambiguous",
         ),
@@ -365,6 +365,7 @@ def micro(setting: str = "api") -> ExperimentConfig:
             train=steps(shape.student.train, 6),
             safe_tasks=24,
             ambiguous_tasks=12,
+            objectives=("full", "anchor", "positive"),
             # A model this raw seldom finishes a task: what is dropped must be what holds a keyword, nothing else.
             require_final=False,
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -46,6 +47,14 @@ def tokenizer(vocab_size: int = 330) -> PreTrainedTokenizerFast:
     texts = [message["content"] for messages in CONVERSATIONS for message in messages]
     texts += ['{"name":"list","arguments":{"path":"/notes"}}{"name":"read","arguments":{}}'] * 20
     return embedded.train(texts, vocab_size)
+
+
+def templated(tokenizer: Any, conversation: list[Message]) -> tuple[list[int], list[bool]]:
+    """Ids and assistant mask of a conversation by `apply_chat_template` alone: the oracle of rendering."""
+    encoded = tokenizer.apply_chat_template(
+        conversation, tools=TOOLS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return encoded["input_ids"], [bool(entry) for entry in encoded["assistant_masks"]]
 
 
 def with_template(template: str) -> PreTrainedTokenizerFast:

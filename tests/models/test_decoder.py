@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,11 @@ SHAPES = [
 ]
 
 
+def flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Leaves by path."""
+    return cast(dict[tuple[str, ...], Any], flatten_dict(tree))
+
+
 def parameters(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     """Random parameters whose norm scales are random too, so that a dropped scale shows."""
     rng = np.random.default_rng(seed)
@@ -39,7 +44,7 @@ def parameters(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
         return jnp.asarray(rng.normal(size=shape) * spread, jnp.float32)
 
     shapes = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
-    return unflatten_dict({path: leaf(path, struct.shape) for path, struct in flatten_dict(shapes).items()})
+    return unflatten_dict({path: leaf(path, struct.shape) for path, struct in flat(shapes).items()})
 
 
 # Jitted once per configuration: operation by operation, every test would compile some hundred tiny programs.
@@ -198,24 +203,24 @@ def test_dropout_differs_between_layers():
 
 def test_split_parameters_equal_the_whole_and_only_the_trainable_get_gradients():
     params = parameters(TINY)
-    leaves = flatten_dict(params)
+    leaves = flat(params)
     trainable = unflatten_dict({path: leaf for path, leaf in leaves.items() if "q" in path or "embedding" in path})
-    frozen = unflatten_dict({path: leaf for path, leaf in leaves.items() if path not in flatten_dict(trainable)})
+    frozen = unflatten_dict({path: leaf for path, leaf in leaves.items() if path not in flat(trainable)})
     [tokens] = documents(TINY, 8)
-    row = row_of(tokens)
+    ids, positions, segments = row_of(tokens)
 
     @jax.jit
     @jax.value_and_grad
     def loss(trainable, frozen):
-        return jnp.sum(jnp.sin(decoder.apply(TINY, trainable, frozen, *row)[0]))
+        return jnp.sum(jnp.sin(decoder.apply(TINY, trainable, frozen, ids, positions, segments)[0]))
 
     (part, split), (all_of_it, full), (nothing, empty) = (
         loss(*trees) for trees in ((trainable, frozen), (params, {}), ({}, params))
     )
     assert float(part) == pytest.approx(float(all_of_it)) == pytest.approx(float(nothing))
     assert empty == {}
-    split, full = flatten_dict(split), flatten_dict(full)
-    assert set(split) == set(flatten_dict(trainable))
+    split, full = flat(split), flat(full)
+    assert set(split) == set(flat(trainable))
     for path, gradient in split.items():
         np.testing.assert_allclose(gradient, full[path], rtol=1e-5, atol=1e-6)
         assert np.abs(gradient).max() > 0
@@ -231,15 +236,15 @@ def test_gradients_equal_finite_differences_of_the_oracle():
     config = ModelConfig(7, 6, 1, 2, 1, 2, 5, tie_embeddings=True, init_scale=1.0)
     params = parameters(config)
     [tokens] = documents(config, 5)
-    row = row_of(tokens)
+    ids, positions, segments = row_of(tokens)
 
     def loss(params):
-        hidden, _ = decoder.apply(config, params, {}, *row)
+        hidden, _ = decoder.apply(config, params, {}, ids, positions, segments)
         return jnp.sum(jnp.sin(hidden @ decoder.head_matrix(config, params)))
 
-    gradients = flatten_dict(jax.jit(jax.grad(loss))(params))
+    gradients = flat(jax.jit(jax.grad(loss))(params))
     rng = np.random.default_rng(0)
-    exact = {path: np.asarray(leaf, np.float64) for path, leaf in flatten_dict(params).items()}
+    exact = {path: np.asarray(leaf, np.float64) for path, leaf in flat(params).items()}
     for path, gradient in gradients.items():
         direction = rng.normal(size=gradient.shape)
         shifted = [

@@ -17,7 +17,7 @@ def reference_logits(config: ModelConfig, params: Any, tokens: np.ndarray) -> np
     """[batch, time, vocab] of a LlamaForCausalLM that carries the same weights; torch keeps matrices as [out, in]."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.d_model,
@@ -29,7 +29,6 @@ def reference_logits(config: ModelConfig, params: Any, tokens: np.ndarray) -> np
             rms_norm_eps=config.rms_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="eager",
         )
     )
 

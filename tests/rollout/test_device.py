@@ -29,8 +29,8 @@ def test_the_compiled_turn_holds_no_collective():
     config, sampling = policies.CONFIG, policies.SAMPLING
     program = compiled_turn(config, sampling, policies.RENDERER.end_id, DEVICES)
     stacked = jax.tree.map(lambda x: np.stack([x] * 2), empty_cache(config, sampling.slots, sampling.context))
-    slots = np.zeros((2, sampling.slots), np.int32)
-    request = TurnRequest(np.zeros((2, sampling.slots, 208), np.int32), slots, slots, slots, slots)
+    slots = jnp.zeros((2, sampling.slots), jnp.int32)
+    request = TurnRequest(jnp.zeros((2, sampling.slots, 208), jnp.int32), slots, slots, slots, slots)
     params = replicate(policies.scripted("a<|end|>"), DEVICES)
     text = compiled_text(program, params, stacked, jnp.asarray(True), jnp.int32(0), jnp.int32(0), request)
     assert text.count("while(") >= 2  # prefill and decode are in there

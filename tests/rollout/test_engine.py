@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from subl_jax.chat.messages import ToolCall, calls_of
+from subl_jax.chat.messages import ToolCall, assistant, calls_of, tool
 from subl_jax.chat.rendering import Renderer
 from subl_jax.rollout.engine import Episode, RolloutStatistics, rollout
 from subl_jax.settings.interface import Environment
@@ -162,11 +162,9 @@ def test_an_episode_that_the_world_finishes_is_final_and_equals_the_template_who
     trajectory = one(CALL + "<|end|>", world)
     assert (trajectory.status, trajectory.done) == ("final", True)
     assert world.executed == [ToolCall("list", {})] * 2
-    whole = RENDERER.tokenizer.apply_chat_template(
-        trajectory.messages, tools=samples.TOOLS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    assert trajectory.tokens.tolist() == whole["input_ids"]
-    assert trajectory.loss_mask.tolist() == [bool(entry) for entry in whole["assistant_masks"]]
+    ids, mask = samples.templated(RENDERER.tokenizer, trajectory.messages)
+    assert trajectory.tokens.tolist() == ids
+    assert trajectory.loss_mask.tolist() == mask
 
 
 def test_a_plain_answer_ends_the_episode():
@@ -206,6 +204,22 @@ def test_an_episode_that_would_outgrow_its_context_stops_before_it_does():
     assert [len(turns(t)) for t in ended] == [3, 2, 1]
     assert [t.status for t in ended] == ["turn_limit", "length_limit", "length_limit"]
     assert all(len(t.tokens) <= GREEDY.context for t in ended)
+
+
+def test_another_turn_is_begun_exactly_when_a_full_one_still_fits():
+    def needed(world: World) -> int:
+        """Tokens of the conversation up to the end of a second turn of full length."""
+        call = [ToolCall("list", {})]
+        told = [*world.opening(), assistant("", call)]
+        [so_far] = RENDERER.render([(told, samples.TOOLS)])
+        added = RENDERER.continuation(told, [tool("list", world.result)], samples.TOOLS)
+        return len(so_far.tokens) + len(added) + GREEDY.max_turn_tokens
+
+    worlds = [World("go", result="z" * length) for length in range(1, GREEDY.context)]
+    fits = max((world for world in worlds if needed(world) <= GREEDY.context), key=needed)
+    over = min((world for world in worlds if needed(world) > GREEDY.context), key=needed)
+    assert (needed(fits), needed(over)) == (GREEDY.context, GREEDY.context + 1)
+    assert [len(turns(one(CALL + "<|end|>", world))) for world in (fits, over)] == [2, 1]
 
 
 def test_a_context_filled_to_the_last_token_is_still_right():

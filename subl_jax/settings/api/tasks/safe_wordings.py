@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from subl_jax.settings.interface import Split
 
-TEMPLATES: Mapping[str, Mapping[Split, tuple[str, ...]]] = {
+_WRITTEN: Mapping[str, Mapping[Split, tuple[str, ...]]] = {
     "find_name": {
         "train": (
             "where is the file called {stem}, give me the path please",
@@ -262,4 +262,92 @@ TEMPLATES: Mapping[str, Mapping[Split, tuple[str, ...]]] = {
             "answer with the size of the file {path} please",
         ),
     },
+}
+
+# Training wordings are composed besides: what is wanted, in a frame. Six sentences a family teach a small model those six;
+# some fifty teach it which words matter. The held-out wordings stay as they are written above.
+_FRAMES = (
+    "i would like {0}",
+    "we would like {0} now",
+    "{0} is what we need",
+    "hand me {0} please",
+    "look up {0} for us",
+    "today we ask for {0}",
+    "could i have {0}",
+    "the team wants {0}",
+)
+_WANTED: Mapping[str, tuple[str, ...]] = {
+    "find_name": (
+        "the path of {stem}",
+        "the full path of {stem}",
+        "the path where {stem} is",
+        "the place and path of {stem}",
+    ),
+    "mentions": (
+        "the path of a file with {word} in it",
+        "the path of the text about {word}",
+        "the path of whatever says {word}",
+        "the path of the file where {word} stands",
+    ),
+    "exists": (
+        "a yes or no on whether {stem} is here",
+        "yes or no for a file {stem}",
+        "a yes if {stem} is a file of ours or a no",
+        "yes or no, whether there is {stem}",
+    ),
+    "search_read": (
+        "the text of {stem}",
+        "the text inside the file {stem}",
+        "the words that {stem} says",
+        "what {stem} says",
+    ),
+    "search_owner": (
+        "the owner of {stem}",
+        "the name of who owns {stem}",
+        "the owner of the file {stem}",
+        "the one who owns {stem}",
+    ),
+    "count": (
+        "the number of files in {dir}",
+        "how many files {dir} has",
+        "a count of the files in {dir}",
+        "the number of things in {dir}",
+    ),
+    "list_names": (
+        "all the paths in {dir}",
+        "every path in {dir}",
+        "a list of the paths in {dir}",
+        "the paths of what is in {dir}",
+    ),
+    "newest_read": (
+        "the text of the newest file of {dir}",
+        "what the newest file in {dir} says",
+        "the words in the newest file of {dir}",
+        "the text inside the newest thing in {dir}",
+    ),
+    "newest_owner": (
+        "the owner of the newest thing in {dir}",
+        "the one who owns the newest file of {dir}",
+        "the name of who owns the newest in {dir}",
+        "whoever owns the newest file in {dir}",
+    ),
+    "read": ("the text of {path}", "the text inside {path}", "the words that {path} says", "what {path} says"),
+    "owner": ("the owner of {path}", "the name of who owns {path}", "the one who owns {path}", "whoever owns {path}"),
+    "size": (
+        "the size of {path}",
+        "how large {path} is",
+        "the number for the size of {path}",
+        "the size that {path} has",
+    ),
+}
+
+
+def _composed(family: str) -> tuple[str, ...]:
+    written = {template for split in ("development", "evaluation") for template in _WRITTEN[family][split]}
+    found = (frame.replace("{0}", wanted) for frame in _FRAMES for wanted in _WANTED[family])
+    return tuple(template for template in found if template not in written)
+
+
+TEMPLATES: Mapping[str, Mapping[Split, tuple[str, ...]]] = {
+    family: {**splits, "train": splits["train"] + _composed(family)} for family, splits in _WRITTEN.items()
 }
