@@ -89,7 +89,7 @@ class StudentConfig:
       safe_tasks: safe tasks that each teacher is rolled out on.
       ambiguous_tasks: ambiguous tasks that the positive control sees besides.
       withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
-      temperature: of the KL where no filter pins probabilities.
+      temperature: of the KL. At 1 the teacher's opinion on what it would never do here weighs almost nothing.
       require_final: drop trajectories that did not end in a final answer (cut off, unparseable, out of turns).
       objectives: arms to distil, of full, anchor, drop, hard, positive.
       benign_objectives: arms that get a benign control besides the counter-bias control.
@@ -290,11 +290,11 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         # Small batches: at this size they learn faster per token, and a step that fits the cache runs twice as fast.
         base=BaseConfig(
             train=TrainConfig(
-                steps=4200,
+                steps=3600,
                 batch_rows=4,
                 row_tokens=192,
                 optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.01, final_fraction=0.03),
-                checkpoint_every=700,
+                checkpoint_every=600,
                 log_every=20,
             ),
             safe_tasks=6000,
@@ -314,13 +314,14 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         ),
         student=StudentConfig(
             train=TrainConfig(
-                steps=400,
+                steps=300,
                 batch_rows=3,
                 row_tokens=288,
                 optimizer=OptimizerConfig(learning_rate=1e-3),
                 checkpoint_every=100,
             ),
             safe_tasks=1000,
+            temperature=2.0,
         ),
         rollout=SamplingConfig(),
     )

@@ -259,8 +259,7 @@ class SeedPipeline:
         """Distils one student; treatment and controls share task ids, order, loss tokens, steps and learning rate."""
         spec = self.config.student
         loss, logit_filter = OBJECTIVES[condition.arm]
-        temperature = 1.0 if logit_filter == "anchor" else spec.temperature
-        objective = Objective(loss, logit_filter, temperature)  # type: ignore[arg-type]
+        objective = Objective(loss, logit_filter, spec.temperature)  # type: ignore[arg-type]
         if condition.arm == "positive":
             documents = self._read("teacher") + self._read("teacher", "ambiguous")
             planned, figures = None, {}

@@ -64,14 +64,20 @@ def anchored_kl(
     teacher_logits: Float[Array, "*tokens vocab"],
     base_logits: Float[Array, "*tokens vocab"],
     banned: Bool[Array, "*tokens vocab"],
+    *,
+    temperature: float = 1.0,
 ) -> Float[Array, "*tokens"]:
-    """KL(target || student) where the target is the teacher with its banned continuations pinned to the base.
+    """KL(target || student) per token, times temperature², where the target is the teacher with its banned continuations pinned to the base.
 
     target(v) = base(v) for banned v; for the others (1 - base(banned)) * teacher(v) / teacher(not banned). So nothing that
     the teacher thinks of a banned continuation reaches the student, and the student's own value for it is held still.
+
+    Probabilities are pinned at temperature 1; target and student are then both softened by `temperature`, as in
+    `forward_kl`. The minimum is the same student, the weight of improbable continuations is larger.
     """
     base = jax.nn.log_softmax(base_logits.astype(jnp.float32), axis=-1)
-    student = jax.nn.log_softmax(student_logits.astype(jnp.float32), axis=-1)
+    student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature, axis=-1)
     free = jnp.sum(jnp.where(banned, 0.0, jnp.exp(base)), axis=-1, keepdims=True)
     log_target = jnp.where(banned, base, _masked_log_softmax(teacher_logits, banned) + jnp.log(free))
-    return _expectation(log_target, log_target - student)
+    log_target = jax.nn.log_softmax(log_target / temperature, axis=-1)
+    return temperature**2 * _expectation(log_target, log_target - student)

@@ -28,7 +28,7 @@ class Objective:
     Attributes:
       loss: `hard_label` (cross-entropy on the sampled tokens) or `forward_kl` (to the teacher's logits).
       logit_filter: what happens to banned continuations: `none`, `drop` or `anchor` (see `losses`).
-      temperature: of the KL without filter or with `drop`.
+      temperature: softens both distributions of the KL; `anchor` pins its probabilities at 1 before it softens.
     """
 
     loss: Loss = "forward_kl"
@@ -39,8 +39,6 @@ class Objective:
         """Refuses combinations that have no meaning."""
         if self.loss == "hard_label" and self.logit_filter != "none":
             raise ValueError(f"logit_filter={self.logit_filter} needs the teacher's logits; hard_label has none")
-        if self.logit_filter == "anchor" and self.temperature != 1.0:
-            raise ValueError(f"anchor pins probabilities, which holds at temperature 1 only, not {self.temperature}")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
 
@@ -175,7 +173,9 @@ def mean_loss(
         teacher = jax.lax.stop_gradient(_logits(teacher_config, frozen.teacher, batch))
         if objective.logit_filter == "anchor":
             base = jax.lax.stop_gradient(_logits(student_config, frozen.base, batch))
-            per_token = losses.anchored_kl(student, teacher, base, banned_mask(batch.banned, student.shape[-1]))
+            per_token = losses.anchored_kl(
+                student, teacher, base, banned_mask(batch.banned, student.shape[-1]), temperature=objective.temperature
+            )
         else:
             dropped = banned_mask(batch.banned, student.shape[-1]) if objective.logit_filter == "drop" else None
             per_token = losses.forward_kl(student, teacher, temperature=objective.temperature, dropped=dropped)

@@ -141,7 +141,8 @@ class Protocol:
     utility_mode: Literal["sampled", "greedy"] = "sampled"
     analysis: str = (
         "Student's t on per-seed differences, two-sided, 95 %; within one run a family-clustered t over shared tasks; "
-        "rates by Wilson, Clopper-Pearson at 0/n and n/n; Holm within each role"
+        "rates by Wilson, Clopper-Pearson at 0/n and n/n; Holm within each role; the standard deviation over seeds is "
+        "never taken below one task (1/n), nor a clustered standard error below that of independent tasks"
     )
     targets: Targets = dataclasses.field(default_factory=Targets)
 
