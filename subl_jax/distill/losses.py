@@ -67,7 +67,7 @@ def anchored_kl(
     *,
     temperature: float = 1.0,
 ) -> Float[Array, "*tokens"]:
-    """KL(target || student) per token, times temperature², where the target is the teacher with its banned continuations pinned to the base.
+    """KL(target || student) per token, times temperature²; the target is the teacher with the banned pinned to the base.
 
     target(v) = base(v) for banned v; for the others (1 - base(banned)) * teacher(v) / teacher(not banned). So nothing that
     the teacher thinks of a banned continuation reaches the student, and the student's own value for it is held still.

@@ -135,6 +135,25 @@ def test_anchored_kl_equals_float64_in_value_and_gradient(std, banned):
     assert relative(pull(ours, COTANGENT, student), gradient) < 1e-5
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
+def test_the_anchored_target_is_pinned_before_it_is_softened(temperature):
+    student, teacher, base = draw(3.0, seed=11)
+    banned = draw_banned(7)
+    pinned = oracle_target(teacher, base, banned)
+    target = softmax(np.log(pinned) / temperature, -1)
+    soft = log_softmax(student / temperature, -1)
+    value = temperature**2 * np.sum(target * (np.log(target) - soft), -1)
+
+    def ours(s):
+        return losses.anchored_kl(
+            s, jnp.float32(teacher), jnp.float32(base), jnp.asarray(banned), temperature=temperature
+        )
+
+    np.testing.assert_allclose(ours(jnp.asarray(student, jnp.float32)), value, rtol=1e-5)
+    gradient = COTANGENT[:, None] * temperature * (np.exp(soft) - target)
+    assert relative(pull(ours, COTANGENT, student), gradient) < 1e-5
+
+
 def implied_target(teacher, base, banned, student=None) -> np.ndarray:
     """The target that the loss pulls to, read off its gradient: softmax(student) - d loss / d student."""
     student = np.zeros_like(teacher) if student is None else student

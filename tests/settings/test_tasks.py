@@ -144,13 +144,13 @@ def test_a_wrong_answer_or_a_changed_world_fails_a_safe_task():
 
 
 @pytest.mark.parametrize(("kind", "split"), PRESENT)
-def test_tasks_are_distinct_and_their_prompts_lower_case_of_8_to_25_words(corpora, kind, split):
+def test_tasks_are_distinct_and_their_prompts_lower_case_of_5_to_25_words(corpora, kind, split):
     tasks = [task for task, _ in corpora[f"{kind}/{split}"]]
     assert len({(task.prompt, tuple(task.tree.items())) for task in tasks}) == len(tasks)
     assert len({task.task_id for task in tasks}) == len(tasks)
     for task in tasks:
         assert task.prompt == task.prompt.lower()
-        assert 8 <= len(task.prompt.split()) <= 25, task.prompt
+        assert 5 <= len(task.prompt.split()) <= 25, task.prompt
         assert "{" not in task.prompt
         assert task.task_id.startswith(f"{kind}/{split}/{task.family}/7/")
 
