@@ -327,15 +327,17 @@ def tiny(setting: str = "api") -> ExperimentConfig:
     )
 
 
-def _organism(**shape: int) -> ModelConfig:
-    head_dim = shape["d_model"] // shape["num_heads"]
+def _organism(d_model: int, num_layers: int, num_heads: int, d_ff: int) -> ModelConfig:
     return ModelConfig(
-        **shape,
+        d_model=d_model,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        d_ff=d_ff,
         vocab_size=1536,
-        head_dim=head_dim,
-        num_kv_heads=shape["num_heads"] // 2,
+        head_dim=d_model // num_heads,
+        num_kv_heads=num_heads // 2,
         init_scale=0.25,  # near-orthogonal embeddings from the start: copying names is learned an order of magnitude sooner
-        scan_unroll=shape["num_layers"],
+        scan_unroll=num_layers,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,4 +73,14 @@ class BatchSource:
                 ids_per_token = [ids for document in documents for ids in self._banned[document]]
                 for target, ids in enumerate(ids_per_token):
                     banned[index, target, : len(ids)] = ids
-        return Batch(packed.tokens, packed.segments, packed.positions, loss_places, loss_targets, loss_weights, banned)
+        # Host arrays in the device's record: placing them is the caller's business.
+        arrays: Any = (
+            packed.tokens,
+            packed.segments,
+            packed.positions,
+            loss_places,
+            loss_targets,
+            loss_weights,
+            banned,
+        )
+        return Batch(*arrays)

@@ -7,7 +7,7 @@ to materialise `[batch, time, vocab]`. Parameters are a plain pytree whose layer
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -97,7 +97,7 @@ class _Decoder(nn.Module):
             _Block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, nn.broadcast)),
             length=config.num_layers,
             unroll=config.scan_unroll,
         )
@@ -111,7 +111,7 @@ def init(config: ModelConfig, key: Array) -> dict[str, Any]:
     """Random float32 parameters: normal(init_scale) embedding, 1/sqrt(fan_in) matrices, unit norms."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     mask = attention.packed_mask(jnp.ones_like(tokens))
-    return _Decoder(config, True).init(key, tokens, tokens, tokens, mask, None)["params"]
+    return cast(dict[str, Any], _Decoder(config, True).init(key, tokens, tokens, tokens, mask, None)["params"])
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
@@ -152,9 +152,8 @@ def apply(
     """
     mask = attention.packed_mask(segments) if cache is None else attention.cached_mask(positions, cache.capacity)
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden, keys, values = _Decoder(config, dropout_key is None).apply(
-        {"params": merge(trainable, frozen)}, tokens, positions, segments, mask, cache, rngs=rngs
-    )
+    module, variables = _Decoder(config, dropout_key is None), {"params": merge(trainable, frozen)}
+    hidden, keys, values = cast(Any, module.apply(variables, tokens, positions, segments, mask, cache, rngs=rngs))
     if cache is None:
         return hidden, None
     return hidden, Cache(keys, values, cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32))
@@ -167,4 +166,6 @@ def head_matrix(config: ModelConfig, params: Params) -> Float[Array, "d_model vo
 
 def count_parameters(params: Params) -> int:
     """Parameters without embedding and head (the `P` of MEASURING: the part that scales a step's cost)."""
-    return sum(leaf.size for path, leaf in flatten_dict(params).items() if path[0] not in ("embedding", "head"))
+    return sum(
+        cast(Array, leaf).size for path, leaf in flatten_dict(params).items() if path[0] not in ("embedding", "head")
+    )

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Tree = TypeVar("Tree")
+# JAX exports its device class as a variable, which type checkers do not take for a type.
+Device = Any
 
 
 def configure_cpu(devices: int) -> None:
@@ -24,7 +26,7 @@ def configure_cpu(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Device] | None = None) -> Mesh:
     """One mesh axis, `data`, over the given devices (all by default)."""
     return Mesh(np.asarray(devices or jax.devices()), ("data",), axis_types=(AxisType.Auto,))
 
@@ -40,7 +42,7 @@ def training_mesh() -> Mesh:
     return data_mesh(devices[:1] if devices[0].platform == "cpu" else devices)
 
 
-def replicate(tree: Tree, devices: Sequence[jax.Device] | Mesh) -> Tree:
+def replicate(tree: Tree, devices: Sequence[Device] | Mesh) -> Tree:
     """Copies a tree of arrays onto every device once, ahead of the loop (pmap would broadcast it at each call)."""
     mesh = devices if isinstance(devices, Mesh) else data_mesh(devices)
     return jax.device_put(tree, NamedSharding(mesh, P()))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from subl_jax.models import decoder
 from subl_jax.models.cache import Cache
 from subl_jax.models.config import ModelConfig
+from subl_jax.parallel.devices import Device
 from subl_jax.rollout.sampling import SamplingConfig, draw, turn_key
 
 
@@ -60,9 +61,9 @@ class _Decode(NamedTuple):
 def _feed(config: ModelConfig, params, cache: Cache, tokens: Array, valid: Array) -> tuple[Array, Cache]:
     """Appends valid tokens to their slots and returns the hidden states."""
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    hidden, cache = decoder.apply(config, params, {}, tokens, positions, valid.astype(jnp.int32), cache)
-    assert cache is not None  # a cache came in
-    return hidden, cache
+    hidden, extended = decoder.apply(config, params, {}, tokens, positions, valid.astype(jnp.int32), cache)
+    assert extended is not None  # a cache came in
+    return hidden, extended
 
 
 def _prefill(config: ModelConfig, sampling: SamplingConfig, params, cache: Cache, request: TurnRequest) -> _Prefill:
@@ -140,7 +141,7 @@ def run_turn(
 
 
 @functools.cache
-def compiled_turn(config: ModelConfig, sampling: SamplingConfig, end_id: int, devices: tuple[jax.Device, ...]):
+def compiled_turn(config: ModelConfig, sampling: SamplingConfig, end_id: int, devices: tuple[Device, ...]):
     """`run_turn` mapped over devices; params are given replicated (in_axes None), the cache is donated."""
     return jax.pmap(
         functools.partial(run_turn, config, sampling, end_id),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from subl_jax.chat.rendering import Renderer
 from subl_jax.models import decoder
 from subl_jax.models.cache import empty_cache
 from subl_jax.models.config import ModelConfig
-from subl_jax.parallel.devices import replicate
+from subl_jax.parallel.devices import Device, replicate
 from subl_jax.rollout.device import TurnRequest, compiled_turn
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.settings.interface import Environment, Task
@@ -99,9 +100,8 @@ def _after_turn(
     live.mask += [True] * len(ids)
     live.logprobs += logprobs
     live.turn += 1
-    message = (
-        renderer.parse(ids) if ended else {"role": "assistant", "content": renderer.decode(ids), "unparseable": True}
-    )
+    cut_off: Any = {"role": "assistant", "content": renderer.decode(ids), "unparseable": True}
+    message: Message = renderer.parse(ids) if ended else cut_off
     live.messages = [*live.messages, message]
     if not ended:
         live.status = "truncated"
@@ -136,7 +136,7 @@ def rollout(
     *,
     seed: int,
     policy: int = 0,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     statistics: RolloutStatistics | None = None,
 ) -> Iterator[Trajectory]:
     """Runs every episode to its end.
@@ -216,4 +216,5 @@ def _request(wave: list[_Live], wave_size: int, width: int) -> TurnRequest:
             tokens[slot, : len(live.pending)] = live.pending
             counts[slot] = len(live.pending)
             episode[slot], sample[slot], turn[slot] = live.episode.index, live.episode.sample, live.turn
-    return TurnRequest(tokens, counts, episode, sample, turn)
+    arrays: Any = (tokens, counts, episode, sample, turn)  # host arrays in the device's record
+    return TurnRequest(*arrays)
