@@ -120,7 +120,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest_one(cache: Path, tmp_path: 
     (
         ("--config.student.train.steps=many", ("many",)),
         ("--config.student.train.steps=0", ("steps=0", "at least 1")),
-        ("--config.large.num_heads=3", ("num_heads=3",)),
+        ("--config.large.head_dim=3", ("head_dim=3", "odd")),
         ("--config.student.objectives=full,anchr", ("anchr", "anchor")),
         ("--pair=large_smal", ("large_smal",)),
         ("--seeds=0,0", ("--seeds=0,0",)),
