@@ -24,7 +24,7 @@ help:
 	@echo "make test                    the whole test suite"
 	@echo "make soak                    chaos tests: kills, full disks"
 	@echo "make lint                    ruff and pyright"
-	@echo "make setup [EXTRAS=dev,...]  only $(VENV); extras: gpu tpu parity report inspect dev"
+	@echo "make setup [EXTRAS=dev,...]  only $(VENV); extras: gpu tpu oracles parity report inspect dev"
 	@echo "make clean                   removes $(VENV)"
 
 setup: $(STAMP)

@@ -39,12 +39,16 @@ BASE = [
     "tqdm>=4.66",
 ]
 
+TORCH = "torch==2.13.0"
+
 EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10,<0.13"],
     # libtpu: also what the ahead-of-time compilation of the preflight needs on a machine without a TPU.
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     # Oracles and peers of tests and benchmarks; nothing in the library imports them.
-    "parity": ["torch==2.13.0", "peft>=0.18", "trl>=0.25"],
+    "parity": [TORCH, "peft>=0.18", "trl>=0.25"],
+    # What `make test` compares with besides: transformers' own models need torch. CI installs it.
+    "oracles": [TORCH],
     # Rich exports of a report (tables for spreadsheets); the HTML report itself needs nothing.
     "report": ["pandas>=2.2"],
     "inspect": ["treescope>=0.1.10"],

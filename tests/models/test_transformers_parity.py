@@ -10,7 +10,7 @@ import pytest
 from subl_jax.models.config import ModelConfig
 from tests.models.test_decoder import SHAPES, documents, parameters, whole_logits
 
-torch = pytest.importorskip("torch", reason="needs torch: make setup EXTRAS=dev,parity")
+torch = pytest.importorskip("torch", reason="needs torch: make setup EXTRAS=dev,oracles")
 
 
 def reference_logits(config: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarray:
