@@ -14,7 +14,7 @@ comma := ,
 # One stamp per set of extras: a repeated call is instant, and asking for another set installs it beside the first.
 # The base is always part of it, so `make demo` after `make test` installs nothing.
 WANTED := $(sort $(subst $(comma), ,$(EXTRAS)))
-STAMP := $(VENV)/.installed-base$(foreach extra,$(WANTED),-$(extra))
+STAMP := $(VENV)/.installed-base$(subst $() ,,$(foreach extra,$(WANTED),-$(extra)))
 WITH_DEV := $(MAKE) --no-print-directory setup EXTRAS=$(subst $() ,$(comma),$(sort dev $(WANTED)))
 
 .PHONY: help demo test setup lint soak clean
