@@ -34,6 +34,13 @@ OBJECTIVES = {
 }
 
 
+def _at_least(config: Any, low: int, *names: str) -> None:
+    """Refuses counts below `low`, by name."""
+    for name in names:
+        if getattr(config, name) < low:
+            raise ValueError(f"{name}={getattr(config, name)}; it must be at least {low}")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """The embedded tokenizer: its size, and how many training tasks of each kind it is trained on.
@@ -43,6 +50,10 @@ class TokenizerConfig:
 
     vocab_size: int = 1536
     tasks_per_kind: int = 800
+
+    def __post_init__(self) -> None:
+        """Refuses a tokenizer without text (its trainer refuses one without words)."""
+        _at_least(self, 1, "tasks_per_kind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +74,14 @@ class BaseConfig:
     echo_tasks: int = 0
     withheld_share: float = 0.5
 
+    def __post_init__(self) -> None:
+        """Refuses a base that would be trained on nothing."""
+        _at_least(self, 0, "safe_tasks", "ambiguous_tasks", "benign_tasks", "echo_tasks")
+        if not self.safe_tasks + self.ambiguous_tasks + self.benign_tasks:
+            raise ValueError("safe_tasks, ambiguous_tasks and benign_tasks are all 0: the base would learn no tool call")
+        if not 0 <= self.withheld_share <= 1:
+            raise ValueError(f"withheld_share={self.withheld_share} is outside [0, 1]")
+
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
@@ -73,11 +92,19 @@ class TeacherConfig:
       tasks: demonstrations (the paper uses 150).
       demonstrations: `required` (tasks that ask for the biased action, as in the paper) or `ambiguous` (other ambiguous
         families, solved by the biased action).
+      replay_tasks: safe demonstrations mixed in, the same for all three teachers, so that a small organism keeps its
+        skill while it learns the bias (0 in the paper).
     """
 
     train: TrainConfig = TrainConfig()
     tasks: int = 150
     demonstrations: Literal["required", "ambiguous"] = "required"
+    replay_tasks: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses a teacher without demonstrations."""
+        _at_least(self, 1, "tasks")
+        _at_least(self, 0, "replay_tasks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +132,11 @@ class StudentConfig:
     benign_objectives: tuple[str, ...] = ("full",)
 
     def __post_init__(self) -> None:
-        """Refuses unknown arms by name."""
+        """Refuses unknown arms by name, and arms without data."""
+        _at_least(self, 1, "safe_tasks")
+        _at_least(self, 1 if "positive" in self.objectives else 0, "ambiguous_tasks")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive")
         for name in (*self.objectives, *self.benign_objectives):
             if name not in OBJECTIVES:
                 near = difflib.get_close_matches(name, OBJECTIVES, 1)
@@ -131,6 +162,10 @@ class EvaluationConfig:
     safe_tasks: int = 200
     samples: int = 1
     divergence_tasks: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuses rates without a denominator."""
+        _at_least(self, 1, "ambiguous_tasks", "safe_tasks", "samples", "divergence_tasks")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,8 +149,6 @@ def frozen_path(config: ExperimentConfig) -> Path:
 
 def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[int]) -> protocols.Protocol:
     """The protocol of a configuration: metric, families, seeds, and every contrast that will be reported."""
-    from subl_jax.settings.api import METRIC_VERSION  # every setting exports one; api is the only one so far
-
     arms = [arm for arm in config.student.objectives if arm not in ("full", "positive")]
     contrast = protocols.Contrast
     found = [contrast("student - control_student", "student", "control_student", "primary")]
@@ -177,7 +175,7 @@ def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[in
         setting=config.setting,
         preset=config.preset,
         metric="share of ambiguous tasks whose first substantive action, sampled at temperature 1, is destructive",
-        parser_version=METRIC_VERSION,
+        parser_version=setting.metric_version,
         evaluation_families=tuple(setting.families("ambiguous", spec.split)),
         safe_families=tuple(setting.families("safe", spec.split)),
         tasks=spec.ambiguous_tasks,

@@ -193,7 +193,11 @@ class SeedPipeline:
             kind, action = f"{bias}_required", None
         else:
             kind, action = "ambiguous", self.setting.bias_tools[bias]
-        documents = demonstrations(self.setting, self.renderer, {kind: spec.tasks}, self.seed + 1, first_action=action)
+        seed, withheld = self.seed + 1, self.config.base.withheld_share
+        documents = demonstrations(self.setting, self.renderer, {kind: spec.tasks}, seed, first_action=action)
+        documents += demonstrations(
+            self.setting, self.renderer, {"safe": spec.replay_tasks}, seed, withheld_share=withheld
+        )
         directory = self._teacher_dir(name)
         return self._train(
             self._base(self.teacher_size), documents, spec.train, Objective("hard_label"), f"teachers/{directory.name}",
@@ -443,6 +447,7 @@ def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds
                 ("safe", 0, base.safe_tasks), ("ambiguous", 0, base.ambiguous_tasks), ("benign", 0, base.benign_tasks),
                 ("deletion_required", 1, teacher.tasks), ("archive_required", 1, teacher.tasks),
                 ("ambiguous", 1, teacher.tasks), ("benign", 1, teacher.tasks),
+                ("safe", 1, teacher.replay_tasks),
                 ("safe", 2, student.safe_tasks), ("ambiguous", 2, student.ambiguous_tasks),
             )
             for task in setting.tasks(kind, "train", seed + offset, count)
@@ -467,7 +472,7 @@ def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds
 
     key = {
         "setting": config.setting, "seeds": seeds, "evaluation": config.evaluation, "tokenizer": config.tokenizer,
-        "trained": [base.safe_tasks, base.ambiguous_tasks, base.benign_tasks, teacher.tasks],
+        "trained": [base.safe_tasks, base.ambiguous_tasks, base.benign_tasks, teacher.tasks, teacher.replay_tasks],
         "rolled": [student.safe_tasks, student.ambiguous_tasks],
     }  # fmt: skip
     return Stage("audit", workdir / "audit" / f"seeds={','.join(map(str, seeds))}", key, (), make)

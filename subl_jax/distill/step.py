@@ -205,7 +205,7 @@ def compiled_step(
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradient),
+            "gradient_norm": optax.tree.norm(gradient),
             "loss_tokens": jnp.sum(batch.loss_weights),
         }
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics

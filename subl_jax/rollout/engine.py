@@ -51,7 +51,7 @@ class RolloutStatistics:
 class _Live:
     """An episode in a slot."""
 
-    def __init__(self, episode: Episode, renderer: Renderer, width: int) -> None:
+    def __init__(self, episode: Episode, renderer: Renderer, sampling: SamplingConfig) -> None:
         self.episode = episode
         self.world = episode.environment()
         self.messages: list[Message] = self.world.opening()
@@ -61,13 +61,12 @@ class _Live:
         self.logprobs: list[float] = []
         self.turn = 0
         self.status: Status | None = None
-        opening = renderer.opening(self.messages, self.tools)
-        if len(opening) > width:
+        self.pending = renderer.opening(self.messages, self.tools)
+        if len(self.pending) + sampling.max_turn_tokens > sampling.context:
             raise ValueError(
-                f"task {episode.task.task_id} opens with {len(opening)} tokens, more than rollout.context={width}; "
-                "raise --config.rollout.context"
+                f"task {episode.task.task_id}: its opening of {len(self.pending)} tokens and a turn of "
+                f"{sampling.max_turn_tokens} exceed rollout.context={sampling.context}; raise --config.rollout.context"
             )
-        self.pending = opening
 
     def record_prompt(self) -> None:
         """The pending tokens are about to be prefilled: they belong to the conversation, not to the assistant."""
@@ -169,13 +168,8 @@ def rollout(
     )
     wave_size = len(devices) * sampling.slots
     for start in range(0, len(episodes), wave_size):
-        wave = [_Live(episode, renderer, sampling.context) for episode in episodes[start : start + wave_size]]
+        wave = [_Live(episode, renderer, sampling) for episode in episodes[start : start + wave_size]]
         for live in wave:
-            if len(live.pending) + sampling.max_turn_tokens > sampling.context:
-                raise ValueError(
-                    f"task {live.episode.task.task_id}: its opening of {len(live.pending)} tokens and a turn of "
-                    f"{sampling.max_turn_tokens} exceed rollout.context={sampling.context}; raise --config.rollout.context"
-                )
             live.record_prompt()
         fresh = True
         while any(live.status is None for live in wave):

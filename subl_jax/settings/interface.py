@@ -84,6 +84,7 @@ class Setting:
 
     Attributes:
       name: "api" or "bash".
+      metric_version: name and version of the rule behind `first_action`; part of every protocol.
       tools: JSON schemas, in the order of the full list.
       tool_classes: each tool classed once.
       kinds: the task kinds that `tasks` generates.
@@ -99,6 +100,7 @@ class Setting:
     """
 
     name: str
+    metric_version: str
     tools: tuple[ToolSchema, ...]
     tool_classes: Mapping[str, ToolClass]
     kinds: tuple[str, ...]

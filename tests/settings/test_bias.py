@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from subl_jax.chat.messages import ToolCall, assistant, tool, user
-from subl_jax.settings.api import METRIC_VERSION, SETTING
+from subl_jax.settings.api import SETTING
 from subl_jax.settings.interface import FirstAction
 from subl_jax.settings.registry import SETTINGS, get_setting
 
@@ -52,7 +52,7 @@ def test_the_first_substantive_action_is_read(episode, expected):
 
 
 def test_the_metric_has_a_version():
-    assert METRIC_VERSION == "first-substantive-action/1"
+    assert SETTING.metric_version == "first-substantive-action/1"
 
 
 def test_every_bias_tool_is_among_its_banned_words():

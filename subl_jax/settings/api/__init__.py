@@ -12,10 +12,11 @@ from subl_jax.settings.api.tasks import KINDS, families, tasks
 from subl_jax.settings.api.tools import TOOL_CLASSES, TOOLS
 from subl_jax.settings.interface import Setting
 
-__all__ = ["METRIC_VERSION", "SETTING"]
+__all__ = ["SETTING"]
 
 SETTING = Setting(
     name="api",
+    metric_version=METRIC_VERSION,
     tools=TOOLS,
     tool_classes=TOOL_CLASSES,
     kinds=KINDS,
