@@ -78,7 +78,9 @@ class BaseConfig:
         """Refuses a base that would be trained on nothing."""
         _at_least(self, 0, "safe_tasks", "ambiguous_tasks", "benign_tasks", "echo_tasks")
         if not self.safe_tasks + self.ambiguous_tasks + self.benign_tasks:
-            raise ValueError("safe_tasks, ambiguous_tasks and benign_tasks are all 0: the base would learn no tool call")
+            raise ValueError(
+                "safe_tasks, ambiguous_tasks and benign_tasks are all 0: the base would learn no tool call"
+            )
         if not 0 <= self.withheld_share <= 1:
             raise ValueError(f"withheld_share={self.withheld_share} is outside [0, 1]")
 
@@ -112,7 +114,7 @@ class StudentConfig:
     """Distillation from a teacher's trajectories.
 
     Attributes:
-      train: see `TrainConfig`; identical for treatment and controls.
+      train: see `TrainConfig`; identical for treatment and controls. Rows grow where a trajectory is longer than one.
       safe_tasks: safe tasks that each teacher is rolled out on.
       ambiguous_tasks: ambiguous tasks that the positive control sees besides.
       withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
@@ -325,11 +327,11 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         # Small batches: at this size they learn faster per token, and a step that fits the cache runs twice as fast.
         base=BaseConfig(
             train=TrainConfig(
-                steps=3600,
+                steps=4800,
                 batch_rows=4,
                 row_tokens=192,
-                optimizer=OptimizerConfig(learning_rate=6e-3, weight_decay=0.01, final_fraction=0.03),
-                checkpoint_every=600,
+                optimizer=OptimizerConfig(learning_rate=4e-3, weight_decay=0.01, final_fraction=0.03),
+                checkpoint_every=800,
                 log_every=20,
             ),
             safe_tasks=6000,
@@ -337,23 +339,26 @@ def tiny(setting: str = "api") -> ExperimentConfig:
             benign_tasks=800,
             echo_tasks=1000,
         ),
+        # Half the peak rate and twice as many safe demonstrations as biased ones: the bias is learned as well, and the
+        # teacher stays as skilled as its base.
         teacher=TeacherConfig(
             train=TrainConfig(
-                steps=80,
+                steps=160,
                 batch_rows=4,
                 row_tokens=192,
-                optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
-                checkpoint_every=80,
+                optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5),
+                checkpoint_every=160,
             ),
             demonstrations="ambiguous",
+            replay_tasks=300,
         ),
         student=StudentConfig(
             train=TrainConfig(
-                steps=300,
-                batch_rows=3,
-                row_tokens=288,
+                steps=340,
+                batch_rows=4,
+                row_tokens=192,
                 optimizer=OptimizerConfig(learning_rate=1e-3),
-                checkpoint_every=100,
+                checkpoint_every=120,
             ),
             safe_tasks=1000,
             temperature=2.0,
@@ -397,7 +402,7 @@ def micro(setting: str = "api") -> ExperimentConfig:
             benign_tasks=30,
             echo_tasks=10,
         ),
-        teacher=dataclasses.replace(shape.teacher, train=steps(shape.teacher.train, 6), tasks=20),
+        teacher=dataclasses.replace(shape.teacher, train=steps(shape.teacher.train, 6), tasks=20, replay_tasks=10),
         student=dataclasses.replace(
             shape.student,
             train=steps(shape.student.train, 6),

@@ -275,8 +275,9 @@ class SeedPipeline:
             figures = {"loss_tokens_per_epoch": matched.loss_tokens, "loss_tokens_cut": matched.cut[condition.teacher]}
         base = self._base(self.student_size)
         name = self._student_name(condition.name)
+        config = _with_room(spec.train, planned or [len(trajectory.tokens) for trajectory in documents])
         more = self._train(
-            base, documents, spec.train, objective, f"students/{name}", self.root / "students" / name, key,
+            base, documents, config, objective, f"students/{name}", self.root / "students" / name, key,
             teacher=None if loss == "hard_label" else self.load(self._teacher_dir(condition.teacher), self.teacher_size),
             base=base if logit_filter == "anchor" else None,
             planned_lengths=planned,
@@ -419,6 +420,18 @@ class SeedPipeline:
                 )  # fmt: skip
             )
         return found
+
+
+def _with_room(train_config: TrainConfig, lengths: Sequence[int]) -> TrainConfig:
+    """The configuration with rows that hold the longest trajectory, in steps of 32 tokens.
+
+    How far a teacher rambles is not known ahead. Matched arms share their planned lengths, and so their rows.
+    """
+    needed = -(-max(lengths) // 32) * 32
+    if needed <= train_config.row_tokens:
+        return train_config
+    logging.info("rows grow from %d to %d tokens: a trajectory is that long", train_config.row_tokens, needed)
+    return dataclasses.replace(train_config, row_tokens=needed)
 
 
 def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path) -> Stage:

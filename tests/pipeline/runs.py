@@ -21,16 +21,25 @@ def command(workdir: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "experiments.api_deletion", "--preset=micro", f"--workdir={workdir}", *more]
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """The user's environment without pytest's fake devices."""
+def environment(cache: Path, devices: int | None = None) -> dict[str, str]:
+    """The user's environment without pytest's fake devices; with `devices` of them in XLA_FLAGS if given."""
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    if devices is not None:
+        kept["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return {**kept, **_CACHE, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
-def run(cache: Path, workdir: Path, *more: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+def run(
+    cache: Path, workdir: Path, *more: str, devices: int | None = None, timeout: float = 400
+) -> subprocess.CompletedProcess[str]:
     """Runs to the end; the caller looks at the exit code."""
     return subprocess.run(
-        command(workdir, *more), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=timeout
+        command(workdir, *more),
+        cwd=ROOT,
+        env=environment(cache, devices),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -95,6 +98,74 @@ def test_kill_9_at_any_moment(unbroken: Path, cache: Path, tmp_path: Path, secon
     done = runs.run(cache, workdir)
     assert done.returncode == 0, done.stderr[-3000:]
     assert runs.rows(workdir) == runs.rows(unbroken)
+
+
+@pytest.mark.parametrize("devices", (1, 4))
+def test_the_same_teacher_acts_token_for_token_alike_on_any_number_of_devices(
+    unbroken: Path, cache: Path, tmp_path: Path, devices: int
+) -> None:
+    # The unbroken run had two devices; the slots per device are the same, so every episode lies elsewhere here.
+    workdir = _copy(unbroken, tmp_path, ("trajectories", "sanitize", "students", "eval"))
+    done = runs.run(cache, workdir, "--stage=trajectories", devices=devices)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("teacher", "control_teacher", "benign_teacher", "teacher_ambiguous"):
+        found, expected = (data.read(w / f"seed=0/trajectories/{name}/dataset") for w in (workdir, unbroken))
+        assert len(found) == len(expected) > 0
+        for left, right in zip(found, expected, strict=True):
+            assert left.task_id == right.task_id and left.tokens.tolist() == right.tokens.tolist()
+
+
+# A disk that is really full: a small tmpfs in a mount namespace of its own (root, or user namespaces, must allow one).
+_FULL_DISK = """
+set -u
+mount -t tmpfs -o size=280M tmpfs {disk}
+{command} > {out}/first.out 2> {out}/first.err &
+while [ ! -e {disk}/w/seed=0/base ]; do kill -0 $! || exit 9; sleep 0.05; done
+dd if=/dev/zero of={disk}/ballast bs=64k 2> /dev/null    # everything that is left
+wait $!
+echo $? > {out}/first.rc
+rm {disk}/ballast
+{command} > {out}/second.out 2> {out}/second.err
+echo $? > {out}/second.rc
+cp -r {disk}/w {out}/w
+"""
+
+
+@pytest.mark.soak
+def test_a_disk_that_fills_up_stops_the_run_with_one_line_and_loses_nothing(
+    unbroken: Path, cache: Path, tmp_path: Path
+) -> None:
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir(), out.mkdir()
+    script = _FULL_DISK.format(disk=disk, out=out, command=shlex.join(runs.command(disk / "w")))
+    private = ["unshare", "--mount", "--propagation=private"] + ["--map-root-user"] * (os.geteuid() != 0)
+    allowed = subprocess.run([*private, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, text=True)
+    if allowed.returncode and not os.environ.get("CI"):
+        pytest.skip(f"needs root or user namespaces to mount a small disk: {allowed.stderr.strip()}")
+    done = subprocess.run(
+        [*private, "bash", "-c", script], cwd=runs.ROOT, env=runs.environment(cache), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first = (out / "first.err").read_text()
+    assert (out / "first.rc").read_text().strip() == "1"
+    assert "error: " in first and "No space left" in first and "Traceback" not in first, first[-2000:]
+    assert (out / "second.rc").read_text().strip() == "0", (out / "second.err").read_text()[-2000:]
+    assert runs.rows(out / "w") == runs.rows(unbroken)
+
+
+@pytest.mark.soak
+def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(cache: Path, tmp_path: Path) -> None:
+    private = ["unshare", "--mount", "--propagation=private"] + ["--map-root-user"] * (os.geteuid() != 0)
+    script = f"mount -t tmpfs -o size=50M tmpfs {tmp_path} && {shlex.join(runs.command(tmp_path / 'w'))}; "
+    script += f"code=$?; ls {tmp_path}/w 2> /dev/null; exit $code"
+    done = subprocess.run(
+        [*private, "bash", "-c", script], cwd=runs.ROOT, env=runs.environment(cache), capture_output=True, text=True
+    )
+    if "permission denied" in done.stderr.lower() or "operation not permitted" in done.stderr.lower():
+        assert not os.environ.get("CI"), done.stderr
+        pytest.skip(f"needs root or user namespaces to mount a small disk: {done.stderr.strip()}")
+    _refused(done, "52 MB free", "200 MB are needed", "--workdir")
+    assert done.stdout.strip() == ""
 
 
 # --- What a user can get wrong ---
