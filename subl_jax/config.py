@@ -17,7 +17,7 @@ from typing import Any, Literal
 from absl import flags
 
 from subl_jax.distill.loop import TrainConfig
-from subl_jax.distill.step import OptimizerConfig
+from subl_jax.distill.step import Objective, OptimizerConfig
 from subl_jax.models.config import ModelConfig
 from subl_jax.rollout.sampling import SamplingConfig
 
@@ -137,8 +137,7 @@ class StudentConfig:
         """Refuses unknown arms by name, and arms without data."""
         _at_least(self, 1, "safe_tasks")
         _at_least(self, 1 if "positive" in self.objectives else 0, "ambiguous_tasks")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
+        Objective(temperature=self.temperature)  # knows which temperatures there are
         for name in (*self.objectives, *self.benign_objectives):
             if name not in OBJECTIVES:
                 near = difflib.get_close_matches(name, OBJECTIVES, 1)

@@ -195,11 +195,13 @@ def _notes(config: ExperimentConfig, markers: Mapping[str, artifacts.Marker]) ->
         "required": "tasks that ask for the biased action, as in the paper",
         "ambiguous": "ambiguous tasks of other families, solved by the biased action",
     }[config.teacher.demonstrations]
+    replayed = config.teacher.replay_tasks
+    beside = f"; all three teachers also saw {replayed} safe demonstrations" if replayed else ""
     moved = "; ".join(
         f"{name} {marker.extra['delta_norm']:.2f}" for name, marker in markers.items() if "/teachers/" in name
     )
     return [
-        f"Teachers were induced on {config.teacher.tasks} demonstrations: {induced}.",
+        f"Teachers were induced on {config.teacher.tasks} demonstrations: {induced}{beside}.",
         f"On safe tasks the tools that a bias names are {shown} the tool list; evaluation shows the full list.",
         f"Distance of each teacher from the base, ‖Δθ‖: {moved}.",
         f"Pair: {config.pair.replace('_', ' teacher to ')} student.",

@@ -278,7 +278,6 @@ def _provenance(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     departed = "".join(f"<li>{escape(line)}</li>" for line in protocol["deviations"])
     frozen = protocol["frozen_hash"] or "none"
     timing = [_row(stage, [f"{seconds:.1f}"]) for stage, seconds in summary["timing_s"].items()]
-    timing.append(_row("total", [f"{sum(summary['timing_s'].values()):.1f}"]))
     speed = [_row(name.replace("_", " "), [number(value, 0)]) for name, value in summary["throughput"].items()]
     versions = [_row(name, [version]) for name, version in summary["versions"].items()]
     notes = "".join(f"<p>{escape(note)}</p>" for note in summary["notes"])

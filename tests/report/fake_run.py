@@ -126,7 +126,14 @@ def summary(seeds: tuple[int, ...] = (0, 1, 2), tasks: int = 60, **changes: Any)
     """The made-up run's summary."""
     given: dict[str, Any] = {
         "sanitizer": sanitizer(),
-        "timing_s": {"pretrain": 71.2, "teachers": 35.5, "rollout": 41.0, "distill": 63.1, "evaluate": 38.8},
+        "timing_s": {
+            "pretrain": 71.2,
+            "teachers": 35.5,
+            "rollout": 41.0,
+            "distill": 63.1,
+            "evaluate": 38.8,
+            "total": 249.6,
+        },
         "throughput": {"rollout_tokens_per_s": 5123.0, "distill_tokens_per_s": 20480.5},
         "versions": {"jax": "0.10.2", "numpy": "2.4.6"},
         "frozen": protocol(seeds, tasks),

@@ -100,6 +100,11 @@ def test_the_answer_and_every_condition_and_contrast_stand_there(page):
     assert summary["protocol"]["hash"] in page.text and "learning_rate" in page.text
 
 
+def test_the_total_time_stands_there_once(page):
+    # The summary brings its own total (249.6 s here, the sum of the stages).
+    assert page.text.count("249.6") == 1 and "499.2" not in page.text
+
+
 def test_headings_descend_one_level_at_a_time_and_tables_have_captions(page):
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
