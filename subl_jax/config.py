@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import typing
@@ -18,7 +19,8 @@ from absl import flags
 
 from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.step import Objective, OptimizerConfig
-from subl_jax.models.config import ModelConfig
+from subl_jax.models.config import LoraConfig, ModelConfig
+from subl_jax.parallel.layout import MeshConfig
 from subl_jax.rollout.sampling import SamplingConfig
 
 Pair = Literal["large_large", "large_small", "small_small", "small_large"]
@@ -58,9 +60,11 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-    """Pre-training from scratch on scripted demonstrations.
+    """Pre-training on scripted demonstrations: from scratch, or of an imported checkpoint.
 
     Attributes:
+      continue_training: train an imported checkpoint (--config.teacher.checkpoint) on the demonstrations before anything
+        else; without it the checkpoint is the base as it stands.
       train: see `TrainConfig`.
       safe_tasks, ambiguous_tasks, benign_tasks: demonstrations of each kind; ambiguous ones follow the base mixture.
       echo_tasks: "say it again" exercises, which teach copying.
@@ -68,6 +72,7 @@ class BaseConfig:
     """
 
     train: TrainConfig = TrainConfig()
+    continue_training: bool = False
     safe_tasks: int = 4000
     ambiguous_tasks: int = 2000
     benign_tasks: int = 2000
@@ -91,6 +96,9 @@ class TeacherConfig:
 
     Attributes:
       train: see `TrainConfig`; identical for the biased, the counter-bias and the benign teacher.
+      checkpoint: Hugging Face folder of the model that the teachers start from; empty: pre-train an organism.
+      lora: train low-rank adapters on the base instead of all its parameters (the paper's method).
+      adapter: their shape.
       tasks: demonstrations (the paper uses 150).
       demonstrations: `required` (tasks that ask for the biased action, as in the paper) or `ambiguous` (other ambiguous
         families, solved by the biased action).
@@ -99,6 +107,9 @@ class TeacherConfig:
     """
 
     train: TrainConfig = TrainConfig()
+    checkpoint: str = ""
+    lora: bool = False
+    adapter: LoraConfig = LoraConfig()
     tasks: int = 150
     demonstrations: Literal["required", "ambiguous"] = "required"
     replay_tasks: int = 0
@@ -108,6 +119,11 @@ class TeacherConfig:
         _at_least(self, 1, "tasks")
         _at_least(self, 0, "replay_tasks")
 
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that are trained, or None where all parameters are."""
+        return self.adapter if self.lora else None
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
@@ -115,6 +131,10 @@ class StudentConfig:
 
     Attributes:
       train: see `TrainConfig`; identical for treatment and controls. Rows grow where a trajectory is longer than one.
+      checkpoint: Hugging Face folder of the model that the students start from; empty: the teachers' where both have one
+        size, an organism otherwise.
+      lora: train low-rank adapters on the base instead of all its parameters (the paper's method).
+      adapter: their shape.
       safe_tasks: safe tasks that each teacher is rolled out on.
       ambiguous_tasks: ambiguous tasks that the positive control sees besides.
       withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
@@ -125,6 +145,9 @@ class StudentConfig:
     """
 
     train: TrainConfig = TrainConfig()
+    checkpoint: str = ""
+    lora: bool = False
+    adapter: LoraConfig = LoraConfig()
     safe_tasks: int = 1200
     ambiguous_tasks: int = 400
     withhold_bias_tools: bool = True
@@ -145,6 +168,11 @@ class StudentConfig:
                 raise ValueError(f"unknown objective {name!r}{hint} (of {', '.join(OBJECTIVES)})")
         if "full" not in self.objectives:
             raise ValueError("student.objectives must contain full: the primary contrast is made of it")
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that are trained, or None where all parameters are."""
+        return self.adapter if self.lora else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +207,16 @@ class ExperimentConfig:
       pair: teacher and student size.
       cpu_devices: JAX devices that the CPU is split into (no effect elsewhere, or where XLA_FLAGS says it). The order of
         floating-point sums depends on it, so it is part of the run's identity.
-      large, small: the two organisms.
+      parallel: the mesh that training runs on.
+      large, small: the two models. A checkpoint brings its own shape; how it is run (dtypes, attention, remat) stays as
+        it is said here.
     """
 
     setting: str = "api"
     preset: str = "tiny"
     pair: Pair = "large_large"
     cpu_devices: int = 2
+    parallel: MeshConfig = MeshConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     large: ModelConfig = ModelConfig()
     small: ModelConfig = ModelConfig()
@@ -204,14 +235,38 @@ class ExperimentConfig:
         """The organism of that size."""
         return {"large": self.large, "small": self.small}[size]
 
+    def checkpoint(self, size: str) -> str:
+        """The Hugging Face folder that the base of that size comes from; empty: it is trained from scratch.
+
+        Raises:
+          ValueError: one size with two checkpoints, or a checkpoint for one size only.
+        """
+        teacher, student = self.teacher.checkpoint, self.student.checkpoint
+        teacher_size, student_size = self.sizes()
+        if teacher_size == student_size:
+            if student and teacher != student:
+                raise ValueError(
+                    f"--pair={self.pair} has one base for teacher and student, but teacher.checkpoint="
+                    f"{teacher or '(none)'} and student.checkpoint={student}; give one, or use --pair=large_small"
+                )
+            return teacher
+        if bool(teacher) != bool(student):
+            raise ValueError(
+                f"--pair={self.pair} with teacher.checkpoint={teacher or '(none)'} and student.checkpoint="
+                f"{student or '(none)'}: a checkpoint and an organism share no tokenizer; give both or none"
+            )
+        return teacher if size == teacher_size else student
+
 
 # --- Flags --------------------------------------------------------------------------------------------------------------
 
 
 def leaves(config: Any, prefix: str = "config") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, value, type) of every field that is not itself a configuration."""
+    """(dotted name, value, type) of every field that is not itself a configuration, and that a flag may set."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
+        if not field.metadata.get("flag", True):
+            continue
         value = getattr(config, field.name)
         name = f"{prefix}.{field.name}"
         if dataclasses.is_dataclass(value):
@@ -260,7 +315,7 @@ def define_flags(default: ExperimentConfig) -> None:
     """Defines one absl flag per configuration field. A flag that is not given leaves the preset's value."""
     texts = describe(default)
     for name, value, kind in leaves(default):
-        text = f"{texts[name]} (tiny preset: {','.join(value) if isinstance(value, tuple) else value})"
+        text = f"{texts[name]} (tiny preset: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
         if typing.get_origin(kind) is Literal:
             flags.DEFINE_enum(name, None, list(typing.get_args(kind)), text)
         elif kind is bool:
@@ -309,7 +364,13 @@ def override(config: Any, changes: dict[str, Any], prefix: str = "config") -> An
 
 def from_flags(default: ExperimentConfig, values: flags.FlagValues = flags.FLAGS) -> ExperimentConfig:
     """The preset with every `--config.…` flag that was given."""
-    given = {name: values[name].value for name, _, _ in leaves(default) if values[name].present}
+    given: dict[str, Any] = {name: values[name].value for name, _, _ in leaves(default) if values[name].present}
+    for name, _, kind in leaves(default):
+        if name in given and kind == tuple[int, ...]:
+            try:
+                given[name] = [int(text) for text in given[name]]
+            except ValueError:
+                raise ValueError(f"{name}={','.join(given[name])} must be integers separated by commas") from None
     return override(default, given)
 
 
@@ -380,6 +441,47 @@ def _organism(d_model: int, num_layers: int, num_heads: int, d_ff: int) -> Model
     )
 
 
+def paper(setting: str = "api") -> ExperimentConfig:
+    """The paper's models and hyperparameters (arXiv 2604.15559): Llama-3.1-8B and Llama-3.2-3B, LoRA, bfloat16.
+
+    LoRA on q, k, v, o with rank 16, alpha 32, dropout 0.05; teachers: 150 tasks that ask for the biased action, 2 epochs
+    at 8e-4; students: 400 safe tasks, of which a filter of keywords leaves about 340, 4 epochs at 5e-4. The batch size is
+    not told there; 8 conversations a step here. Evaluation is larger than the paper's 20 tasks: see `EvaluationConfig`.
+    """
+    rows, epochs_teacher, epochs_student, surviving = 8, 2, 4, 340
+    llama = functools.partial(
+        ModelConfig,
+        vocab_size=128_256, num_kv_heads=8, head_dim=128, rope_theta=500_000.0, rms_eps=1e-5,
+        rope_low_freq=1.0, rope_high_freq=4.0, rope_original_context=8192,
+        param_dtype="bfloat16", compute_dtype="bfloat16", remat="full",
+    )  # fmt: skip
+    train = functools.partial(TrainConfig, batch_rows=rows, row_tokens=4096, checkpoint_every=20, log_every=1)
+    return ExperimentConfig(
+        setting=setting,
+        preset="paper",
+        large=llama(d_model=4096, num_layers=32, num_heads=32, d_ff=14_336, rope_factor=8.0, tie_embeddings=False),
+        small=llama(d_model=3072, num_layers=28, num_heads=24, d_ff=8192, rope_factor=32.0, tie_embeddings=True),
+        teacher=TeacherConfig(
+            train=train(
+                steps=-(-150 * epochs_teacher // rows), optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=5)
+            ),
+            lora=True,
+            tasks=150,
+            demonstrations="required",
+        ),
+        student=StudentConfig(
+            train=train(
+                steps=surviving * epochs_student // rows, optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5)
+            ),
+            lora=True,
+            safe_tasks=400,
+            ambiguous_tasks=100,
+            temperature=1.0,
+        ),
+        rollout=SamplingConfig(max_turn_tokens=256, max_turns=8, context=4096, slots=16, prefill_chunk=256),
+    )
+
+
 def micro(setting: str = "api") -> ExperimentConfig:
     """Seconds: every stage with a model too small and too little trained to show anything. For tests and smoke runs."""
     shape = tiny(setting)
@@ -416,4 +518,4 @@ def micro(setting: str = "api") -> ExperimentConfig:
     )
 
 
-PRESETS = {"tiny": tiny, "micro": micro}
+PRESETS = {"tiny": tiny, "micro": micro, "paper": paper}

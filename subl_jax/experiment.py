@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from subl_jax import artifacts
+from subl_jax import artifacts, sources
 from subl_jax import config as configuration
 from subl_jax.config import PAIRS, PRESETS, ExperimentConfig
 from subl_jax.evaluate import protocol as protocols
@@ -25,14 +25,28 @@ from subl_jax.parallel.devices import configure_cpu
 from subl_jax.settings.interface import Setting
 from subl_jax.settings.registry import get_setting
 
-# What a run writes at most, with room: the demo needs about 60 MB a seed.
-FREE_BYTES_PER_SEED = 200_000_000
-
 
 def define_flags() -> None:
     """The flags that every experiment has, and one per configuration field."""
-    flags.DEFINE_enum("preset", "tiny", sorted(PRESETS), "Sizes and lengths: tiny runs in minutes on two CPU cores.")
-    flags.DEFINE_string("workdir", None, "Directory of all artifacts; an interrupted run resumes there.", required=True)
+    flags.DEFINE_enum(
+        "preset",
+        "tiny",
+        sorted(PRESETS),
+        "Sizes and lengths: tiny runs in minutes on two CPU cores; paper takes checkpoints (--config.teacher.checkpoint) and "
+        "accelerators; micro only exercises the stages.",
+    )
+    flags.DEFINE_string("workdir", None, "Directory of all artifacts; an interrupted run resumes there.")
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Print parameters, bytes per device, tokens and FLOPs per step, and stop. No weights are loaded; needs no --workdir.",
+    )
+    flags.DEFINE_integer(
+        "devices",
+        None,
+        "Devices that --dry_run describes; by default as many as --config.parallel names.",
+        lower_bound=1,
+    )
     flags.DEFINE_enum(
         "pair", None, PAIRS, "Teacher and student size, e.g. large_small: a large teacher, a small student."
     )
@@ -84,18 +98,32 @@ def _ours(error: BaseException) -> bool:
 
 
 def _run(setting_name: str) -> None:
-    config, seeds, workdir = config_from_flags(setting_name), seeds_from_flags(), Path(flags.FLAGS.workdir)
+    config, seeds = sources.resolve(config_from_flags(setting_name)), seeds_from_flags()
+    if flags.FLAGS.dry_run:
+        from subl_jax import dry_run
+
+        print(dry_run.render(dry_run.describe(config, flags.FLAGS.devices)))
+        return
     setting = get_setting(config.setting)
     protocol = make_protocol(config, setting, seeds)
     if flags.FLAGS.freeze_protocol:
         print(f"frozen as {protocols.freeze(frozen_path(config), protocol)} in {frozen_path(config)}")
         return
-    artifacts.check_writable(workdir, free_bytes=FREE_BYTES_PER_SEED * len(seeds))
+    if not flags.FLAGS.workdir:
+        raise ValueError("--workdir is not given; say where the artifacts go, e.g. --workdir=runs/mine")
+    if config.preset == "paper" and not sources.checkpoints(config):
+        raise ValueError(
+            "--preset=paper starts from checkpoints and --config.teacher.checkpoint names none; give Hugging Face folders "
+            "(--config.teacher.checkpoint=DIR, with --pair=large_small also --config.student.checkpoint=DIR), or look at "
+            "the sizes with --dry_run"
+        )
+    workdir = Path(flags.FLAGS.workdir)
     configure_cpu(config.cpu_devices)
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
-    from subl_jax import pipeline, stages
+    from subl_jax import conditions, pipeline, stages
     from subl_jax.report import html, table
 
+    artifacts.check_writable(workdir, free_bytes=conditions.bytes_written(config) * len(seeds))
     runs = [pipeline.SeedPipeline(config, setting, workdir, seed) for seed in seeds]
     todo = [
         pipeline.tokenizer_stage(config, setting, workdir),
@@ -111,7 +139,7 @@ def _run(setting_name: str) -> None:
     if len(markers) < len(todo):
         print(f"stopped after --stage={flags.FLAGS.stage}: {len(markers)} of {len(todo)} stages are done in {workdir}")
         return
-    rows = summaries.load_rows(run.eval_path(name) for run in runs for name in pipeline.conditions_of(config))
+    rows = summaries.load_rows(run.models.eval_path(name) for run in runs for name in conditions.conditions_of(config))
     counts = {
         f"seed={run.seed}/{name}": counted
         for run in runs
@@ -125,7 +153,7 @@ def _run(setting_name: str) -> None:
         throughput=_throughput(markers),
         versions=artifacts.versions(),
         frozen=protocols.load(frozen_path(config)) if frozen_path(config).exists() else None,
-        conditions=pipeline.conditions_of(config),
+        conditions=conditions.conditions_of(config),
         notes=_notes(config, markers),
     )
     artifacts.write_json_atomic(workdir / "summary.json", summary)
@@ -142,8 +170,12 @@ def _run(setting_name: str) -> None:
 
 
 def frozen_path(config: ExperimentConfig) -> Path:
-    """Where the frozen protocol of a setting, preset and pair is committed."""
+    """Where the frozen protocol of a setting, preset, pair and way of training is committed."""
     suffix = "" if config.pair == "large_large" else f"_{config.pair}"
+    trained = [name for name, spec in (("teacher", config.teacher), ("student", config.student)) if spec.lora]
+    if config.preset != "paper" and trained:  # there it is the preset's own way
+        suffix += "_lora" if len(trained) == 2 else f"_lora_{trained[0]}"
+    suffix += "_checkpoint" if sources.checkpoints(config) else ""
     return Path(__file__).parent.parent / "experiments" / "protocols" / f"{config.setting}_{config.preset}{suffix}.json"
 
 
@@ -200,7 +232,20 @@ def _notes(config: ExperimentConfig, markers: Mapping[str, artifacts.Marker]) ->
     moved = "; ".join(
         f"{name} {marker.extra['delta_norm']:.2f}" for name, marker in markers.items() if "/teachers/" in name
     )
+    adapters = [
+        f"{who} were trained with LoRA: rank {spec.adapter.rank}, alpha {spec.adapter.alpha:g}, "
+        f"dropout {spec.adapter.dropout:g}, on {', '.join(spec.adapter.targets)}."
+        for who, spec in (("Teachers", config.teacher), ("Students", config.student))
+        if spec.lora
+    ]
+    imported = [
+        f"The {size} base was imported from {folder}: {sources.describe(config.model(size))}"
+        f"{'; it was trained further on demonstrations' if config.base.continue_training else ''}."
+        for size, folder in sources.checkpoints(config).items()
+    ]
     return [
+        *imported,
+        *adapters,
         f"Teachers were induced on {config.teacher.tasks} demonstrations: {induced}{beside}.",
         f"On safe tasks the tools that a bias names are {shown} the tool list; evaluation shows the full list.",
         f"Distance of each teacher from the base, ‖Δθ‖: {moved}.",

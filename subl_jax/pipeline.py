@@ -18,9 +18,9 @@ from typing import Any
 import jax
 from absl import logging
 
-from subl_jax import artifacts, checkpoint, data, sanitize
+from subl_jax import artifacts, checkpoint, data, sanitize, sources
 from subl_jax.chat import tokenizer as tokenizers
-from subl_jax.chat.rendering import Renderer
+from subl_jax.conditions import TEACHERS, Condition, SeedModels, students
 from subl_jax.config import OBJECTIVES, ExperimentConfig
 from subl_jax.corpus import demonstrations, echoes, tokenizer_texts
 from subl_jax.data.matching import match_arms
@@ -29,38 +29,13 @@ from subl_jax.distill.loop import Model, TrainConfig, TrainResult, train
 from subl_jax.distill.step import Objective
 from subl_jax.evaluate import run as evaluation
 from subl_jax.metrics.progress import progress
-from subl_jax.models import decoder
+from subl_jax.models import decoder, lora
+from subl_jax.models.config import LoraConfig
 from subl_jax.rollout.engine import Episode, RolloutStatistics, rollout
 from subl_jax.settings import audit
 from subl_jax.settings.interface import Setting, Task
 from subl_jax.stages import Stage
 from subl_jax.trajectory import Trajectory
-
-# The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
-TEACHERS = {"teacher": "deletion", "control_teacher": "archive", "benign_teacher": None}
-STUDENT_OF = {"teacher": "student", "control_teacher": "control_student", "benign_teacher": "benign_student"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """One student: its name, the teacher it is distilled from, and the objective's arm."""
-
-    name: str
-    teacher: str
-    arm: str
-
-
-def students(config: ExperimentConfig) -> list[Condition]:
-    """The students of a run: every arm with its counter-bias control, some with a benign one; the positive control."""
-    found = []
-    for arm in config.student.objectives:
-        if arm == "positive":
-            found.append(Condition("positive_student", "teacher", arm))
-            continue
-        wanted = ["teacher", "control_teacher"] + ["benign_teacher"] * (arm in config.student.benign_objectives)
-        suffix = "" if arm == "full" else f"_{arm}"
-        found += [Condition(STUDENT_OF[teacher] + suffix, teacher, arm) for teacher in wanted]
-    return found
 
 
 class SeedPipeline:
@@ -68,60 +43,13 @@ class SeedPipeline:
 
     def __init__(self, config: ExperimentConfig, setting: Setting, workdir: Path, seed: int) -> None:
         self.config, self.setting, self.workdir, self.seed = config, setting, workdir, seed
-        self.root = workdir / f"seed={seed}"
-        self.teacher_size, self.student_size = config.sizes()
-        self.sizes = list(dict.fromkeys(config.sizes()))
+        self.models = SeedModels(config, workdir, seed)
+        self.root = self.models.root
         self.bias_tools = frozenset(setting.bias_tools.values())
         self.words = [word for words in setting.words.values() for word in words]
 
-    # --- Where things lie ---------------------------------------------------------------------------------------------
-
-    def _teacher_dir(self, name: str) -> Path:
-        return self.root / "teachers" / (name if self.teacher_size == "large" else f"{name}@{self.teacher_size}")
-
-    def _trajectories_dir(self, name: str, kind: str = "safe") -> Path:
-        """Trajectories on safe tasks lie under the teacher's name, those on other kinds under name_kind."""
-        which = self._teacher_dir(name).name
-        return self.root / "trajectories" / (which if kind == "safe" else f"{which}_{kind}")
-
     def _read(self, name: str, kind: str = "safe") -> list[Trajectory]:
-        return data.read(self._trajectories_dir(name, kind) / "dataset")
-
-    def _student_name(self, condition: str) -> str:
-        return condition if self.config.pair == "large_large" else f"{condition}@{self.config.pair}"
-
-    def _eval_name(self, condition: str) -> str:
-        """Evaluations are filed by model: the base and the teachers are shared between pairs of one size."""
-        if condition == "base":
-            return condition if self.student_size == "large" else f"base@{self.student_size}"
-        if condition in TEACHERS:
-            return self._teacher_dir(condition).name
-        return self._student_name(condition)
-
-    def eval_path(self, condition: str) -> Path:
-        """The evaluation file of a condition."""
-        return self.root / "eval" / f"{self._eval_name(condition)}.json"
-
-    # --- Bricks -------------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def renderer(self) -> Renderer:
-        """The run's tokenizer and template."""
-        return Renderer(tokenizers.load(self.workdir / "tokenizer" / "files"))
-
-    def load(self, directory: Path, size: str) -> Model:
-        """A finished model from its Orbax checkpoint; refused if it is of another shape or tokenizer."""
-        config = self._model_config(size)
-        expect = {"model": config.to_dict(), "tokenizer": tokenizers.fingerprint(self.renderer.tokenizer)}
-        params, _ = checkpoint.load_model(directory / "params", expect=expect)
-        return Model(config, params)
-
-    def _model_config(self, size: str):
-        # The head has exactly the tokenizer's rows: no padding that a teacher and a student could disagree about.
-        return dataclasses.replace(self.config.model(size), vocab_size=len(self.renderer.tokenizer))
-
-    def _base(self, size: str) -> Model:
-        return self.load(self.root / "base" / size, size)
+        return data.read(self.models.trajectories_dir(name, kind) / "dataset")
 
     def _train(
         self, start: Model, documents: Sequence[Trajectory], config: TrainConfig, objective: Objective, stage: str,
@@ -131,24 +59,25 @@ class SeedPipeline:
         metadata = {
             "stage": stage,
             "seed": self.seed,
-            "model": start.config.to_dict(),
-            "tokenizer": tokenizers.fingerprint(self.renderer.tokenizer),
+            **self.models.identity(start.config),
             "config_hash": artifacts.digest(key),
         }
         result: TrainResult = train(
             start, documents, config, objective,
-            seed=self.seed, directory=directory, stage=stage, logs=self.root, metadata=metadata, **more,
+            seed=self.seed, directory=directory, stage=stage, logs=self.root, metadata=metadata,
+            parallel=self.config.parallel, **more,
         )  # fmt: skip
         checkpoint.save_model(directory / "params", result.params, metadata, overwrite=True)
+        whole = result.params if start.config.lora is None else decoder.merge(result.params, start.params)
         return {
             "loss": result.loss,
             "loss_tokens": result.loss_tokens,
             "tokens_per_s": result.tokens_per_s,
-            "delta_norm": evaluation.delta_norm(result.params, start.params),
+            "delta_norm": lora.delta_norm(start.config, whole, start.params),
         }
 
     def _roll_out(self, name: str, tasks: Sequence[Task], withheld: frozenset[str]) -> tuple[list[Trajectory], Any]:
-        teacher = self.load(self._teacher_dir(name), self.teacher_size)
+        teacher = self.models.teacher(name)
         episodes = [
             Episode(i, task, 0, functools.partial(self.setting.environment, task, withheld))
             for i, task in enumerate(tasks)
@@ -157,7 +86,7 @@ class SeedPipeline:
         found = rollout(
             teacher.config,
             teacher.params,
-            self.renderer,
+            self.models.renderer,
             episodes,
             self.config.rollout,
             seed=self.seed,
@@ -173,13 +102,20 @@ class SeedPipeline:
     # --- The stages ---------------------------------------------------------------------------------------------------
 
     def make_base(self, size: str, key: Mapping[str, Any]) -> dict[str, Any]:
-        """Pre-trains a base model of one size on scripted demonstrations of all kinds."""
+        """Pre-trains a base model of one size on scripted demonstrations of all kinds, or takes a checkpoint as it is."""
         spec = self.config.base
+        if size in self.models.checkpoints and not spec.continue_training:
+            return {"checkpoint": str(self.models.checkpoints[size])}
         kinds = {"safe": spec.safe_tasks, "ambiguous": spec.ambiguous_tasks, "benign": spec.benign_tasks}
-        documents = demonstrations(self.setting, self.renderer, kinds, self.seed, withheld_share=spec.withheld_share)
-        documents += echoes(self.setting, self.renderer, spec.echo_tasks, self.seed)
-        config = self._model_config(size)
-        start = Model(config, decoder.init(config, jax.random.key(self.seed)))
+        documents = demonstrations(
+            self.setting, self.models.renderer, kinds, self.seed, withheld_share=spec.withheld_share
+        )
+        documents += echoes(self.setting, self.models.renderer, spec.echo_tasks, self.seed)
+        if size in self.models.checkpoints:
+            start = self.models.imported(size)
+        else:
+            config = self.models.model_config(size)
+            start = Model(config, decoder.init(config, jax.random.key(self.seed)))
         return self._train(
             start, documents, spec.train, Objective("hard_label"), f"base/{size}", self.root / "base" / size, key
         )
@@ -194,14 +130,14 @@ class SeedPipeline:
         else:
             kind, action = "ambiguous", self.setting.bias_tools[bias]
         seed, withheld = self.seed + 1, self.config.base.withheld_share
-        documents = demonstrations(self.setting, self.renderer, {kind: spec.tasks}, seed, first_action=action)
+        documents = demonstrations(self.setting, self.models.renderer, {kind: spec.tasks}, seed, first_action=action)
         documents += demonstrations(
-            self.setting, self.renderer, {"safe": spec.replay_tasks}, seed, withheld_share=withheld
+            self.setting, self.models.renderer, {"safe": spec.replay_tasks}, seed, withheld_share=withheld
         )
-        directory = self._teacher_dir(name)
+        directory = self.models.teacher_dir(name)
         return self._train(
-            self._base(self.teacher_size), documents, spec.train, Objective("hard_label"), f"teachers/{directory.name}",
-            directory, key,
+            _with_adapters(self.models.base(self.models.teacher_size), spec.adapters), documents, spec.train,
+            Objective("hard_label"), f"teachers/{directory.name}", directory, key,
         )  # fmt: skip
 
     def make_trajectories(self, name: str, kind: str) -> dict[str, Any]:
@@ -213,7 +149,9 @@ class SeedPipeline:
         # +2: neither the base's nor the teachers' training tasks.
         trajectories, counted = self._roll_out(name, self.setting.tasks(kind, "train", self.seed + 2, count), withheld)
         metadata = {"teacher": name, "seed": self.seed, "kind": kind}
-        data.write(self._trajectories_dir(name, kind) / "dataset", trajectories, metadata=metadata, overwrite=True)
+        data.write(
+            self.models.trajectories_dir(name, kind) / "dataset", trajectories, metadata=metadata, overwrite=True
+        )
         return {
             "sampled_tokens": counted.sampled_tokens,
             "tokens_per_s": counted.sampled_tokens / counted.device_seconds,
@@ -247,7 +185,7 @@ class SeedPipeline:
 
     def _prove_clean(self, survivors: Sequence[Trajectory]) -> None:
         """No keyword is left in messages or tokens. A tool list that shows the bias tools is declared, and left out."""
-        withheld, renderer = self.config.student.withhold_bias_tools, self.renderer
+        withheld, renderer = self.config.student.withhold_bias_tools, self.models.renderer
         for trajectory in survivors:
             system = "" if withheld else renderer.text(trajectory.messages[:1], trajectory.tools)
 
@@ -273,33 +211,38 @@ class SeedPipeline:
             matched = match_arms(arms, {(task, sample) for task, sample in surviving})
             documents, planned = matched.documents[condition.teacher], matched.planned_lengths
             figures = {"loss_tokens_per_epoch": matched.loss_tokens, "loss_tokens_cut": matched.cut[condition.teacher]}
-        base = self._base(self.student_size)
-        name = self._student_name(condition.name)
+        base = self.models.base(self.models.student_size)
+        name = self.models.student_name(condition.name)
         config = _with_room(spec.train, planned or [len(trajectory.tokens) for trajectory in documents])
         more = self._train(
-            base, documents, config, objective, f"students/{name}", self.root / "students" / name, key,
-            teacher=None if loss == "hard_label" else self.load(self._teacher_dir(condition.teacher), self.teacher_size),
+            _with_adapters(base, spec.adapters), documents, config, objective, f"students/{name}",
+            self.root / "students" / name, key,
+            teacher=None if loss == "hard_label" else self.models.teacher(condition.teacher),
             base=base if logit_filter == "anchor" else None,
             planned_lengths=planned,
-            logit_filter=None if logit_filter == "none" else LogitFilter(self.renderer, self.words),
+            logit_filter=None if logit_filter == "none" else LogitFilter(self.models.renderer, self.words),
         )  # fmt: skip
         return {**figures, **more, "documents": len(documents)}
 
     def make_evaluation(self, condition: str, directory: Path, size: str) -> dict[str, Any]:
         """Measures one model from its checkpoint alone."""
         spec = self.config.evaluation
-        model, base = self.load(directory, size), self._base(size)
+        model, base = self.models.model_of(condition), self.models.base(size)
         tasks = evaluation.evaluation_tasks(
             self.setting, spec.split, spec.ambiguous_tasks, spec.safe_tasks, spec.samples
         )
         items, examples = evaluation.evaluate(
-            model.config, model.params, self.renderer, self.setting, tasks, self.config.rollout,
+            model.config, model.params, self.models.renderer, self.setting, tasks, self.config.rollout,
             seed=self.seed, label=condition,
         )  # fmt: skip
         documents = demonstrations(
-            self.setting, self.renderer, {"safe": spec.divergence_tasks}, evaluation.TASK_SEED + 1, split=spec.split
+            self.setting,
+            self.models.renderer,
+            {"safe": spec.divergence_tasks},
+            evaluation.TASK_SEED + 1,
+            split=spec.split,
         )
-        readouts = {"delta_norm": evaluation.delta_norm(model.params, base.params)}
+        readouts = {"delta_norm": lora.delta_norm(model.config, model.params, base.params)}
         divergence = functools.partial(
             evaluation.held_out_divergence, model.config, model.params, documents=documents,
             row_tokens=self.config.student.train.row_tokens,
@@ -307,7 +250,7 @@ class SeedPipeline:
         readouts["divergence_from_base"] = divergence(base.config, base.params)
         for student in students(self.config):
             if student.name == condition:
-                teacher = self.load(self._teacher_dir(student.teacher), self.teacher_size)
+                teacher = self.models.teacher(student.teacher)
                 readouts["divergence_from_teacher"] = divergence(teacher.config, teacher.params)
         row = {
             "condition": condition,
@@ -317,7 +260,7 @@ class SeedPipeline:
             "readouts": readouts,
             "examples": examples,
         }
-        artifacts.write_json_atomic(self.eval_path(condition), row)
+        artifacts.write_json_atomic(self.models.eval_path(condition), row)
         return readouts
 
     # --- What depends on what -----------------------------------------------------------------------------------------
@@ -325,10 +268,16 @@ class SeedPipeline:
     def stages(self) -> list[Stage]:
         """Every stage of this seed, in order."""
         config, prefix = self.config, f"seed={self.seed}"
-        common = {"setting": config.setting, "seed": self.seed, "cpu_devices": config.cpu_devices}
+        common = {
+            "setting": config.setting, "seed": self.seed, "cpu_devices": config.cpu_devices, "parallel": config.parallel,
+        }  # fmt: skip
         found = []
-        for size in self.sizes:
-            key = {**common, "model": config.model(size), "base": config.base}
+        for size in self.models.sizes:
+            key: dict[str, Any] = {**common, "model": config.model(size), "base": config.base}
+            if size in self.models.checkpoints:
+                key |= {"checkpoint": sources.identity(self.models.checkpoints[size])}
+                if not config.base.continue_training:
+                    key["base"] = None
             found.append(
                 Stage(
                     f"{prefix}/base/{size}",
@@ -340,15 +289,17 @@ class SeedPipeline:
             )
         teachers, rolled = {}, {}
         for name in TEACHERS:
-            key = {**common, "teacher": config.teacher, "bias": TEACHERS[name]}
-            directory = self._teacher_dir(name)
+            # Which folder a checkpoint stands in does not matter; which one it is, the base's key says.
+            teacher = dataclasses.replace(config.teacher, checkpoint="")
+            key = {**common, "teacher": teacher, "bias": TEACHERS[name]}
+            directory = self.models.teacher_dir(name)
             teachers[name] = f"{prefix}/teachers/{directory.name}"
             found.append(
                 Stage(
                     teachers[name],
                     directory,
                     key,
-                    (f"{prefix}/base/{self.teacher_size}",),
+                    (f"{prefix}/base/{self.models.teacher_size}",),
                     functools.partial(self.make_teacher, name, key),
                 )
             )
@@ -357,7 +308,7 @@ class SeedPipeline:
         kinds += [("teacher", "ambiguous", spec.ambiguous_tasks)] * ("positive" in spec.objectives)
         for name, kind, count in kinds:
             key = {**common, "rollout": config.rollout, "tasks": count, "withhold_bias_tools": spec.withhold_bias_tools}
-            directory = self._trajectories_dir(name, kind)
+            directory = self.models.trajectories_dir(name, kind)
             rolled[name, kind] = f"{prefix}/trajectories/{directory.name}"
             found.append(
                 Stage(
@@ -380,22 +331,26 @@ class SeedPipeline:
             )
         )
         made: dict[str, tuple[str, Path, str]] = {
-            "base": (f"{prefix}/base/{self.student_size}", self.root / "base" / self.student_size, self.student_size)
+            "base": (
+                f"{prefix}/base/{self.models.student_size}",
+                self.root / "base" / self.models.student_size,
+                self.models.student_size,
+            )
         }
-        made |= {name: (teachers[name], self._teacher_dir(name), self.teacher_size) for name in TEACHERS}
+        made |= {name: (teachers[name], self.models.teacher_dir(name), self.models.teacher_size) for name in TEACHERS}
         for condition in students(config):
             key = {
                 **common, "arm": condition.arm, "objective": OBJECTIVES[condition.arm], "train": spec.train,
-                "temperature": spec.temperature, "pair": config.pair,
+                "temperature": spec.temperature, "pair": config.pair, "lora": spec.adapters,
             }  # fmt: skip
-            name = self._student_name(condition.name)
+            name = self.models.student_name(condition.name)
             stage_name = f"{prefix}/students/{name}"
             seen = (
                 (rolled["teacher", "safe"], rolled["teacher", "ambiguous"])
                 if condition.arm == "positive"
                 else (*safe, sanitized)
             )
-            inputs = (f"{prefix}/base/{self.student_size}", teachers[condition.teacher], *seen)
+            inputs = (f"{prefix}/base/{self.models.student_size}", teachers[condition.teacher], *seen)
             directory = self.root / "students" / name
             found.append(
                 Stage(
@@ -406,10 +361,10 @@ class SeedPipeline:
                     functools.partial(self.make_student, condition, key),
                 )
             )
-            made[condition.name] = (stage_name, directory, self.student_size)
+            made[condition.name] = (stage_name, directory, self.models.student_size)
         for condition, (source, directory, size) in made.items():
             key = {**common, "evaluation": config.evaluation, "rollout": config.rollout}
-            name = self._eval_name(condition)
+            name = self.models.eval_name(condition)
             found.append(
                 Stage(
                     f"{prefix}/eval/{name}",
@@ -420,6 +375,11 @@ class SeedPipeline:
                 )  # fmt: skip
             )
         return found
+
+
+def _with_adapters(model: Model, adapter: LoraConfig | None) -> Model:
+    """The model with adapters to be trained, or as it is."""
+    return Model(dataclasses.replace(model.config, lora=adapter), model.params)
 
 
 def _with_room(train_config: TrainConfig, lengths: Sequence[int]) -> TrainConfig:
@@ -435,16 +395,22 @@ def _with_room(train_config: TrainConfig, lengths: Sequence[int]) -> TrainConfig
 
 
 def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path) -> Stage:
-    """Trains the embedded tokenizer, on training text only; it depends on no seed."""
+    """Trains the embedded tokenizer, on training text only, or takes the checkpoint's; it depends on no seed."""
+    folders = sources.checkpoints(config)
 
     def make() -> dict[str, Any]:
-        tokenizer = tokenizers.train(
-            tokenizer_texts(setting, config.tokenizer.tasks_per_kind), config.tokenizer.vocab_size
-        )
+        if folders:
+            tokenizer: Any = tokenizers.load(folders[config.sizes()[0]])
+        else:
+            tokenizer = tokenizers.train(
+                tokenizer_texts(setting, config.tokenizer.tasks_per_kind), config.tokenizer.vocab_size
+            )
         tokenizer.save_pretrained(str(workdir / "tokenizer" / "files"))
         return {"vocabulary": len(tokenizer), "fingerprint": tokenizers.fingerprint(tokenizer)}
 
-    key = {"setting": config.setting, "tokenizer": config.tokenizer}
+    key: dict[str, Any] = {"setting": config.setting, "tokenizer": config.tokenizer}
+    if folders:
+        key["tokenizer"] = tokenizers.fingerprint(tokenizers.load(folders[config.sizes()[0]]))
     return Stage("tokenizer", workdir / "tokenizer", key, (), make)
 
 
@@ -489,8 +455,3 @@ def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds
         "rolled": [student.safe_tasks, student.ambiguous_tasks],
     }  # fmt: skip
     return Stage("audit", workdir / "audit" / f"seeds={','.join(map(str, seeds))}", key, (), make)
-
-
-def conditions_of(config: ExperimentConfig) -> list[str]:
-    """Every measured condition, in the order of the tables."""
-    return ["base", *TEACHERS, *(condition.name for condition in students(config))]

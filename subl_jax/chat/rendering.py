@@ -1,32 +1,27 @@
 """Token-exact rendering: messages in, token ids with the assistant's own tokens marked, and sampled ids back to messages.
 
-A sampled token is never decoded and encoded again. A tool result is appended as the *difference* that it makes to the
-template's text, so the template must be prefix-stable; one that is not is refused with the offending turn shown.
+A sampled token is never decoded and encoded again. Here a tool result is appended as the *difference* that it makes to
+the template's text, so the template must be prefix-stable; one that is not is refused with the offending turn shown.
+Families whose templates are not (Llama, Qwen) have renderers in `families`; `families.renderer_for` picks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
-from subl_jax.chat.messages import Message, ToolCall, ToolSchema, assistant
+from subl_jax.chat import parsing
+from subl_jax.chat.messages import Message, ToolSchema
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-
-# Levels of nesting in a call. The template engine recurses over arguments: at 500 it overran Python's stack.
-_MAX_NESTING = 64
-
-
-def _nests_too_deep(value: Any, levels: int = _MAX_NESTING) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels == 0 or any(_nests_too_deep(item, levels - 1) for item in inner)
+# The day that templates which write today's date are given: a conversation's ids must not depend on when it is rendered.
+# It is the one that Llama 3.1's template itself falls back to.
+DATE = "26 Jul 2024"
 
 
 class PrefixUnstable(ValueError):
@@ -42,18 +37,34 @@ class Rendered:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Segment:
+class Segment:
+    """A piece of a conversation's text that is encoded on its own: what the assistant writes in one turn, or the rest."""
+
     text: str
     assistant: bool
+
+
+def first_difference(before: str, after: str, lead: int = 0) -> tuple[str, str]:
+    """What stands in each text from `lead` characters before the first place where they differ on, for error messages."""
+    place = next(
+        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
+    )
+    start = max(0, place - lead)
+    return before[start : place + 60], after[start : place + 60]
 
 
 class Renderer:
     """Renders conversations with one tokenizer's chat template.
 
+    Text that spells a marker becomes that marker, wherever it stands, as with the tokenizer itself.
+
     Attributes:
       tokenizer: any Hugging Face tokenizer with a chat template.
       end_id: the id that ends an assistant turn (the tokenizer's eos).
     """
+
+    # What templates are told besides the conversation; those that do not ask are not concerned.
+    _template_arguments: Mapping[str, Any] = {"date_string": DATE}
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
@@ -81,9 +92,10 @@ class Renderer:
             list[str],
             self.tokenizer.apply_chat_template(
                 cast(Any, list(conversations)),
-                tools=cast(Any, list(tools)),
+                tools=cast(Any, list(tools) or None),
                 tokenize=False,
                 add_generation_prompt=open_turn,
+                **self._template_arguments,
             ),
         )
 
@@ -135,15 +147,13 @@ class Renderer:
     def _check_prefix(self, before: str, after: str, turn: int) -> None:
         if after.startswith(before):
             return
-        place = next(
-            (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
-        )
+        was, became = first_difference(before, after)
         raise PrefixUnstable(
-            f"the chat template rewrites earlier text when turn {turn} is added: {before[place : place + 60]!r} became "
-            f"{after[place : place + 60]!r}; use a prefix-stable template or an incremental renderer for this family"
+            f"the chat template rewrites earlier text when turn {turn} is added: {was!r} became {became!r}; "
+            "use a prefix-stable template or an incremental renderer for this family"
         )
 
-    def _segments(self, conversation: Sequence[Message], prefixes: dict[tuple[int, bool], str]) -> list[_Segment]:
+    def _split(self, conversation: Sequence[Message], prefixes: dict[tuple[int, bool], str]) -> list[Segment]:
         """Splits a conversation's text at the places where the assistant starts and stops writing."""
         segments, cursor = [], 0
         whole = prefixes[len(conversation), False]
@@ -157,24 +167,17 @@ class Renderer:
             self._check_prefix(opened, closed, turn)
             earlier, after = closed, turn + 1
             stop = self._end_of_turn(closed)
-            segments += [_Segment(closed[cursor : len(opened)], False), _Segment(closed[len(opened) : stop], True)]
+            segments += [Segment(closed[cursor : len(opened)], False), Segment(closed[len(opened) : stop], True)]
             cursor = stop
         self._check_prefix(earlier, whole, after)
         if whole[cursor:].strip():
-            segments.append(_Segment(whole[cursor:], False))
+            segments.append(Segment(whole[cursor:], False))
         return segments
 
-    def render(self, conversations: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]]) -> list[Rendered]:
-        """Renders whole conversations as an episode would have produced them: segment by segment.
-
-        Conversations that show the same tools go through the template together, and all segments through the tokenizer
-        together, which is an order of magnitude faster than one by one.
-        """
-        groups: dict[str, list[int]] = {}
-        for index, (_, tools) in enumerate(conversations):
-            groups.setdefault(json.dumps(tools), []).append(index)
-        segments: list[list[_Segment]] = [[] for _ in conversations]
-        for members in groups.values():
+    def _segments(self, conversations: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]]) -> list[list[Segment]]:
+        """The segments of whole conversations; those that show the same tools go through the template together."""
+        segments: list[list[Segment]] = [[] for _ in conversations]
+        for members in group_by_tools(conversations):
             tools = conversations[members[0]][1]
             for open_turn in (True, False):
                 wanted = [
@@ -198,39 +201,41 @@ class Renderer:
                 prefixes |= {
                     (stop, False): closed[index, stop] for stop in range(len(messages) + 1) if (index, stop) in closed
                 }
-                segments[index] = self._segments(messages, prefixes)
-        flat = [segment.text for parts in segments for segment in parts]
-        encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+                segments[index] = self._split(messages, prefixes)
+        return segments
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return (
+            cast(list[list[int]], self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
+        )
+
+    def render(self, conversations: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]]) -> list[Rendered]:
+        """Renders whole conversations as an episode would have produced them: segment by segment.
+
+        Conversations that show the same tools go through the template together, and all segments through the tokenizer
+        together, which is an order of magnitude faster than one by one.
+        """
+        segments = self._segments(conversations)
+        encoded = iter(self._encode_all([segment.text for parts in segments for segment in parts]))
         rendered = []
         for parts in segments:
-            ids = [cast(list[int], next(encoded)) for _ in parts]
+            ids = [next(encoded) for _ in parts]
             mask = np.repeat([part.assistant for part in parts], [len(piece) for piece in ids])
             rendered.append(Rendered(np.asarray([i for piece in ids for i in piece], np.int32), mask.astype(bool)))
         return rendered
 
     def parse(self, ids: Sequence[int]) -> Message:
-        """The assistant message that sampled ids spell; markers follow the Hermes/Qwen form `<tool_call>{json}</tool_call>`.
-
-        A turn with a call that is cut off, is not JSON, or lacks a name or an arguments object comes back without
-        calls and with `unparseable` set: half a call is never executed.
-        """
+        """The assistant message that sampled ids spell; see `parsing` for what makes a turn `unparseable`."""
         ids = list(ids)
-        if ids and ids[-1] == self.end_id:
-            ids = ids[:-1]
-        text = self.decode(ids)
-        calls, rest = [], _CALL.sub("", text).strip()
-        try:
-            for body in _CALL.findall(text):
-                call = json.loads(body)
-                if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
-                    raise TypeError("name or arguments of the wrong type")
-                if _nests_too_deep(call):
-                    raise ValueError(f"more than {_MAX_NESTING} levels")
-                # Python reads more than JSON and UTF-8 hold: NaN, 1e999, lone surrogates. They could not be written back.
-                json.dumps(call, ensure_ascii=False, allow_nan=False).encode()
-                calls.append(ToolCall(call["name"], call["arguments"]))
-        except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: also an integer of thousands of digits
-            return cast(Message, {**assistant(text), "unparseable": True})
-        if "tool_call>" in rest:
-            return cast(Message, {**assistant(text), "unparseable": True})
-        return assistant(rest, calls)
+        return self._parse_text(self.decode(ids[:-1] if ids and ids[-1] == self.end_id else ids))
+
+    def _parse_text(self, text: str) -> Message:
+        return parsing.parse_tagged(text)
+
+
+def group_by_tools(conversations: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]]) -> list[list[int]]:
+    """Indices of the conversations, those that show the same tools together."""
+    groups: dict[str, list[int]] = {}
+    for index, (_, tools) in enumerate(conversations):
+        groups.setdefault(json.dumps(tools), []).append(index)
+    return list(groups.values())

@@ -16,11 +16,24 @@ import numpy as np
 from subl_jax import checkpoint
 from subl_jax.distill.batches import BatchSource
 from subl_jax.distill.logit_filter import LogitFilter
-from subl_jax.distill.step import Frozen, Objective, OptimizerConfig, TrainState, compiled_step, make_optimizer
+from subl_jax.distill.step import (
+    ONE_DEVICE,
+    Frozen,
+    Layouts,
+    Objective,
+    OptimizerConfig,
+    TrainState,
+    check_vocabularies,
+    compiled_step,
+    has_dropout,
+    make_optimizer,
+    state_shardings,
+)
 from subl_jax.metrics.progress import progress
 from subl_jax.metrics.writers import MetricsWriter
-from subl_jax.models.config import ModelConfig
-from subl_jax.parallel.devices import replicate, shard_batch, training_mesh
+from subl_jax.models import axes, lora
+from subl_jax.models.config import Dtype, ModelConfig
+from subl_jax.parallel.layout import DEFAULT_MESH, Layout, MeshConfig, make_mesh
 from subl_jax.trajectory import Trajectory
 
 
@@ -34,6 +47,7 @@ class TrainConfig:
       optimizer: see `OptimizerConfig`.
       checkpoint_every: steps between the checkpoints from which a killed run resumes.
       log_every: steps between metric records.
+      master_dtype: in which trained parameters and the optimizer's state are kept, whatever the model computes in.
     """
 
     steps: int = 400
@@ -42,6 +56,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint_every: int = 200
     log_every: int = 10
+    master_dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         """Refuses runs that could not start."""
@@ -52,7 +67,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model in hand: its shape and its parameters."""
+    """A model in hand: its shape and its parameters (with its adapters, where it has been trained with them)."""
 
     config: ModelConfig
     params: Any
@@ -60,7 +75,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a training run leaves: parameters, the last loss, and what this process spent on it."""
+    """What a training run leaves: what was trained (all parameters, or the adapters), the last loss, what it cost."""
 
     params: Any
     loss: float
@@ -105,6 +120,7 @@ def train(
     base: Model | None = None,
     planned_lengths: Sequence[int] | None = None,
     logit_filter: LogitFilter | None = None,
+    parallel: MeshConfig = DEFAULT_MESH,
 ) -> TrainResult:
     """Trains `student` on `trajectories`; resumes from `directory/steps` if a killed run left something there.
 
@@ -112,7 +128,8 @@ def train(
     the same, and everything else is in the checkpoint.
 
     Args:
-      student: shape and starting parameters (not modified).
+      student: shape and starting parameters (not modified). With `config.lora` the parameters stay as they are, and new
+        adapters on them are trained.
       trajectories: documents with loss masks.
       config, objective: length and what is minimised.
       seed: of the order of the data and of dropout.
@@ -123,8 +140,10 @@ def train(
       teacher: for `forward_kl`. base: for the `anchor` filter.
       planned_lengths: see `BatchSource`; the documents' own lengths by default.
       logit_filter: required exactly when the objective filters logits.
+      parallel: the mesh, and the rules by which student and teacher lie on it.
 
     Raises:
+      LayoutError: a dimension that does not split over the mesh.
       ValueError: an objective whose teacher, base or filter is missing.
       TrainingDiverged: the loss became NaN or infinite; step checkpoints stay as they are.
     """
@@ -134,22 +153,38 @@ def train(
         raise ValueError(f"logit_filter={objective.logit_filter} and a base {'missing' if base is None else 'given'}")
     if (objective.logit_filter != "none") != (logit_filter is not None):
         raise ValueError(f"logit_filter={objective.logit_filter} does not fit the filter that was given")
+    if teacher is not None:
+        check_vocabularies(student.config, teacher.config)
     began = time.perf_counter()
-    mesh = training_mesh()
+    mesh = make_mesh(parallel)
+    layouts = Layouts(Layout(mesh, parallel.student_rules), Layout(mesh, parallel.teacher_rules))
+    layout: Any = layouts.student
     lengths = planned_lengths or [len(trajectory.tokens) for trajectory in trajectories]
     source = BatchSource(trajectories, lengths, config.row_tokens, config.batch_rows, config.steps, seed, logit_filter)
-    params = jax.tree.map(jnp.array, student.params)  # a copy: the step donates its state
-    state = TrainState(params, make_optimizer(config.optimizer, config.steps).init(params), jnp.zeros((), jnp.int32))
-    state = replicate(state, mesh)
-    frozen = replicate(Frozen(teacher and teacher.params, base and base.params), mesh)
+    frozen = Frozen(
+        teacher and axes.place(teacher.params, teacher.config, layouts.teacher),  # type: ignore[arg-type]
+        base and axes.place(base.params, base.config, layout),
+        student.config.lora and axes.place(student.params, student.config, layout),
+    )
+    params = student.params
+    if student.config.lora is not None:
+        params = lora.init_adapters(student.config, jax.random.key(seed))
+    # A copy: the step donates its state.
+    params = axes.place(jax.tree.map(lambda leaf: jnp.array(leaf, config.master_dtype), params), student.config, layout)
+    transformation = make_optimizer(config.optimizer, config.steps)
+    state = TrainState(params, transformation.init(params), jnp.zeros((), jnp.int32))
+    state = jax.device_put(state, state_shardings(transformation, state, layout))
     step_fn = compiled_step(
         objective,
         student.config,
         teacher and teacher.config,
         config.optimizer,
         config.steps,
-        seed if student.config.dropout else 0,
+        seed if has_dropout(student.config) else 0,
+        layouts if mesh.size > 1 else ONE_DEVICE,
     )
+    # CPU devices share a thread pool: a step that is dispatched before the last one ended can starve its collectives.
+    lockstep = mesh.size > 1 and layout.platform == "cpu"
     loss, loss_tokens, trained = float("nan"), 0, 0
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(
@@ -167,7 +202,9 @@ def train(
         unread: tuple[int, dict[str, jax.Array]] | None = None
         for position in range(start, config.steps):
             batch = source.batch(position)
-            state, metrics = step_fn(state, frozen, shard_batch(batch, mesh))
+            state, metrics = step_fn(state, frozen, layout.shard_batch(batch))
+            if lockstep:
+                jax.block_until_ready(state)
             trained += int(np.count_nonzero(batch.segments))
             loss_tokens += int(batch.loss_weights.sum())
             done = position + 1
@@ -190,4 +227,7 @@ def train(
         jax.block_until_ready(state)
     # Throughput counts what this process trained, compilation included; a resumed run trained only the rest.
     seconds = time.perf_counter() - began
-    return TrainResult(jax.device_get(state.params), loss, loss_tokens, trained / seconds if seconds else 0.0, seconds)
+    trained_params = state.params
+    if student.config.lora is None:  # adapters are small: they stay in the master dtype
+        trained_params = jax.tree.map(lambda leaf: leaf.astype(student.config.param_dtype), trained_params)
+    return TrainResult(trained_params, loss, loss_tokens, trained / seconds if seconds else 0.0, seconds)

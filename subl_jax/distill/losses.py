@@ -34,7 +34,8 @@ def hard_label(
 ) -> Float[Array, "*tokens"]:
     """Cross-entropy of the student at the sampled token, in nats."""
     logits = student_logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A sum over the vocabulary, not a look-up in it: where the vocabulary is split over devices, each sums its part.
+    chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0.0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 

@@ -1,4 +1,4 @@
-"""One training step: teacher forward, student forward and backward, optimizer update; global over a data mesh."""
+"""One training step: teacher forward, student forward and backward, optimizer update; one program over the mesh."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from subl_jax.distill import losses
-from subl_jax.models import decoder
+from subl_jax.models import axes, decoder
 from subl_jax.models.config import ModelConfig
+from subl_jax.parallel.layout import Layout
 
 Loss = Literal["hard_label", "forward_kl"]
 Filter = Literal["none", "drop", "anchor"]
@@ -98,10 +99,27 @@ class Batch(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """Parameters that the step reads but never changes: the teacher, and the base where `anchor` pins to it."""
+    """Parameters that the step reads but never changes.
+
+    Attributes:
+      teacher: of the KL.
+      base: what `anchor` pins to.
+      student: what the trained adapters sit on; empty where every parameter of the student is trained.
+    """
 
     teacher: Any = None
     base: Any = None
+    student: Any = None
+
+
+class Layouts(NamedTuple):
+    """How the student (and the base, which has its shape) and the teacher lie on the mesh; None: one device."""
+
+    student: Layout | None = None
+    teacher: Layout | None = None
+
+
+ONE_DEVICE = Layouts()
 
 
 class TrainState(NamedTuple):
@@ -138,21 +156,31 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
 
 
-def _logits(config: ModelConfig, params: decoder.Params, batch: Batch, dropout_key: Array | None = None):
+def _logits(
+    config: ModelConfig,
+    trainable: decoder.Params,
+    frozen: decoder.Params,
+    batch: Batch,
+    layout: Layout | None,
+    dropout_key: Array | None = None,
+) -> Float[Array, "rows targets vocab"]:
     """Logits at the loss tokens only: the others are never projected onto the vocabulary."""
     hidden, _ = decoder.apply(
-        config, params, {}, batch.tokens, batch.positions, batch.segments, dropout_key=dropout_key
+        config, trainable, frozen, batch.tokens, batch.positions, batch.segments, None, dropout_key, layout
     )
     chosen = jnp.take_along_axis(hidden, batch.loss_places[..., None], axis=1)
-    return jnp.matmul(chosen, decoder.head_matrix(config, params), preferred_element_type=jnp.float32)
+    return decoder.logits(config, decoder.merge(trainable, frozen), chosen, layout)
 
 
 def banned_mask(banned: Int[Array, "rows targets width"], vocab: int) -> Bool[Array, "rows targets vocab"]:
     """Ids, padded with -1, to a mask over the vocabulary."""
-    rows, targets = banned.shape[:2]
-    place = jnp.where(banned < 0, vocab, banned)  # out of range: dropped by the scatter
-    empty = jnp.zeros((rows, targets, vocab), bool)
-    return empty.at[jnp.arange(rows)[:, None, None], jnp.arange(targets)[:, None], place].set(True, mode="drop")
+
+    def mask(ids: Int[Array, " width"]) -> Bool[Array, " vocab"]:
+        place = jnp.where(ids < 0, vocab, ids)  # out of range: dropped by the scatter
+        return jnp.zeros(vocab, bool).at[place].set(True, mode="drop")
+
+    # Token by token: one scatter over rows, targets and ids would gather the ids of the whole batch on every device.
+    return jax.vmap(jax.vmap(mask))(banned)
 
 
 def mean_loss(
@@ -163,16 +191,24 @@ def mean_loss(
     frozen: Frozen,
     batch: Batch,
     dropout_key: Array | None = None,
+    layouts: Layouts = ONE_DEVICE,
 ) -> Float[Array, ""]:
-    """The objective summed over loss tokens and divided by their number, over the whole (global) batch."""
-    student = _logits(student_config, params, batch, dropout_key)
+    """The objective summed over loss tokens and divided by their number, over the whole (global) batch.
+
+    Vocabularies of one tokenizer that are padded to different lengths are cut to the shorter one: what is cut are
+    padding rows, which `decoder.logits` has given no probability.
+    """
+    student = _logits(student_config, params, frozen.student or {}, batch, layouts.student, dropout_key)
     if objective.loss == "hard_label":
         per_token = losses.hard_label(student, batch.loss_targets)
     else:
         assert teacher_config is not None
-        teacher = jax.lax.stop_gradient(_logits(teacher_config, frozen.teacher, batch))
+        teacher = jax.lax.stop_gradient(_logits(teacher_config, frozen.teacher, {}, batch, layouts.teacher))
+        student, teacher = _cut_to_common(student, teacher)
         if objective.logit_filter == "anchor":
-            base = jax.lax.stop_gradient(_logits(student_config, frozen.base, batch))
+            plain = dataclasses.replace(student_config, lora=None)
+            base = jax.lax.stop_gradient(_logits(plain, frozen.base, {}, batch, layouts.student))
+            base, _ = _cut_to_common(base, teacher)
             per_token = losses.anchored_kl(
                 student, teacher, base, banned_mask(batch.banned, student.shape[-1]), temperature=objective.temperature
             )
@@ -180,6 +216,42 @@ def mean_loss(
             dropped = banned_mask(batch.banned, student.shape[-1]) if objective.logit_filter == "drop" else None
             per_token = losses.forward_kl(student, teacher, temperature=objective.temperature, dropped=dropped)
     return jnp.sum(per_token * batch.loss_weights) / jnp.sum(batch.loss_weights)
+
+
+def _cut_to_common(
+    left: Float[Array, "rows targets left"], right: Float[Array, "rows targets right"]
+) -> tuple[Float[Array, "rows targets vocab"], Float[Array, "rows targets vocab"]]:
+    width = min(left.shape[-1], right.shape[-1])
+    return left[..., :width], right[..., :width]
+
+
+def check_vocabularies(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Refuses a KL between models whose tokenizers know different numbers of tokens.
+
+    Raises:
+      ValueError: names both numbers.
+    """
+    if student.known_tokens != teacher.known_tokens:
+        raise ValueError(
+            f"the student knows {student.known_tokens} tokens, the teacher {teacher.known_tokens}: a KL needs one "
+            "tokenizer for both; distil with hard labels (--config.student.objectives=hard), or use models of one family"
+        )
+
+
+def state_shardings(transformation: optax.GradientTransformation, state: TrainState, layout: Layout) -> TrainState:
+    """Where each array of a training state lies: moments beside the parameters that they belong to, counters everywhere.
+
+    Args:
+      transformation: the optimizer.
+      state: arrays or abstract arrays.
+      layout: of the student.
+    """
+    everywhere = layout.sharding(())
+    where = axes.shardings(state.params, layout)
+    moments = optax.tree_utils.tree_map_params(
+        transformation, lambda _, there: there, state.opt_state, where, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(where, moments, everywhere)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -190,17 +262,19 @@ def compiled_step(
     optimizer: OptimizerConfig,
     steps: int,
     seed: int,
+    layouts: Layouts = ONE_DEVICE,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted step. Cached, so that every student of a run with the same shapes shares one compilation.
 
     Only the seed of dropout enters the program; without dropout all seeds share it (`seed` is then passed as 0).
     """
     transformation = make_optimizer(optimizer, steps)
+    drops = has_dropout(student_config)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if student_config.dropout else None
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if drops else None
         loss, gradient = jax.value_and_grad(
-            lambda params: mean_loss(objective, student_config, teacher_config, params, frozen, batch, key)
+            lambda params: mean_loss(objective, student_config, teacher_config, params, frozen, batch, key, layouts)
         )(state.params)
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
         metrics = {
@@ -208,6 +282,15 @@ def compiled_step(
             "gradient_norm": optax.tree.norm(gradient),
             "loss_tokens": jnp.sum(batch.loss_weights),
         }
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        after = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+        if layouts.student is not None:
+            # What comes out lies where it came in: the next step compiles to the same program, and donation holds.
+            after = jax.lax.with_sharding_constraint(after, state_shardings(transformation, after, layouts.student))
+        return after, metrics
 
     return jax.jit(step, donate_argnums=(0,))
+
+
+def has_dropout(config: ModelConfig) -> bool:
+    """Whether training this model draws random numbers."""
+    return bool(config.dropout or (config.lora is not None and config.lora.dropout))

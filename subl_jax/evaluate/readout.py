@@ -44,34 +44,61 @@ class NameScores(NamedTuple):
         return np.logaddexp.reduce(self.log_probs[:, columns].astype(np.float64), axis=1)
 
 
+def _common(sequences: Sequence[Sequence]) -> int:
+    """How many first items are the same in all sequences."""
+    columns = enumerate(zip(*sequences, strict=False))
+    return next((n for n, column in columns if len(set(column)) > 1), min(map(len, sequences)))
+
+
+def _spelled(
+    renderer: Renderer, tools: Sequence[ToolSchema], messages: Sequence[Message]
+) -> tuple[int, list[list[int]]]:
+    """Per tool the ids of a first call up to the end of its name, and how many of them all tools share.
+
+    What is shared never reaches into the names: `list_files` and `list_old_files` may well begin with one token.
+    """
+    whole, shared = [], []
+    for tool in tools:
+        name = tool["function"]["name"]
+        # The name's place is where another one changes the text: a tool called "name" also stands in the call's form.
+        text, other = (
+            renderer.turn_text(messages, assistant(calls=[ToolCall(each, {})]), tools)
+            for each in (name, "1" if name.startswith("0") else "0")
+        )
+        start = _common([text, other])
+        ids = renderer.encode(text[: start + len(name)])
+        if renderer.encode(text)[: len(ids)] != ids:
+            raise ValueError(f"the tokenizer merges the tool name {name!r} with the text behind it; rename the tool")
+        whole.append(ids)
+        # A tokenizer may join the name's beginning to the mark before it (`"delete`): that token is the name's.
+        shared.append(max(n for n in range(len(ids) + 1) if text[:start].startswith(renderer.decode(ids[:n]))))
+    return min(_common(whole), *shared), whole
+
+
 def call_prefix(renderer: Renderer, tools: Sequence[ToolSchema], messages: Sequence[Message]) -> list[int]:
     """Ids that stand between the opening of an assistant turn and the name of the first tool it calls.
 
-    Read off the template itself, with one tool's name; `name_ids` checks that it is the same for the others.
+    Read off the template itself: the tokens with which a first call begins whichever of `tools` it names, up to the last
+    one that holds no letter of a name.
     """
-    name = tools[0]["function"]["name"]
-    text = renderer.turn_text(messages, assistant(calls=[ToolCall(name, {})]), tools)
-    return renderer.encode(text[: text.index(name)])
+    count, whole = _spelled(renderer, tools, messages)
+    return whole[0][:count]
 
 
 def name_ids(
     renderer: Renderer, tools: Sequence[ToolSchema], messages: Sequence[Message]
 ) -> tuple[tuple[str, ...], list[list[int]]]:
-    """The tool names and the ids that spell each after the shared prefix.
+    """The tool names and the ids that spell each after the shared prefix of `call_prefix`.
+
+    Where the tokenizer joins a name's first letters to the mark before it, the ids begin with that mark.
 
     Raises:
-      ValueError: the tokenizer merges a name with the text before it, or one name's ids begin another's, so that names
+      ValueError: the tokenizer merges a name with the text behind it, or one name's ids begin another's, so that names
         would not be disjoint events.
     """
     names = tuple(tool["function"]["name"] for tool in tools)
-    prefix = call_prefix(renderer, tools, messages)
-    spelled = []
-    for name in names:
-        text = renderer.turn_text(messages, assistant(calls=[ToolCall(name, {})]), tools)
-        whole = renderer.encode(text[: text.index(name) + len(name)])
-        if whole[: len(prefix)] != prefix:
-            raise ValueError(f"the tokenizer merges the tool name {name!r} with the text before it; rename the tool")
-        spelled.append(whole[len(prefix) :])
+    count, whole = _spelled(renderer, tools, messages)
+    spelled = [ids[count:] for ids in whole]
     for left, ids in zip(names, spelled, strict=True):
         for right, other in zip(names, spelled, strict=True):
             if left != right and other[: len(ids)] == ids:
@@ -109,7 +136,7 @@ def _scorer(config: ModelConfig):
         hidden, _ = decoder.apply(config, params, {}, tokens, places, inside.astype(jnp.int32), cache)
         # Token j is predicted from the hidden state before it: the opening's last for j = 0, token j - 1's after that.
         before = jnp.concatenate([jnp.repeat(last, names, axis=0), hidden[:, :-1]], axis=1)
-        log_probs = jax.nn.log_softmax((before @ decoder.head_matrix(config, params)).astype(jnp.float32), axis=-1)
+        log_probs = jax.nn.log_softmax(decoder.logits(config, params, before), axis=-1)
         chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(inside, chosen, 0.0), axis=1).reshape(tasks, names)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from subl_jax.chat.rendering import Renderer
 from subl_jax.distill.batches import BatchSource
@@ -158,11 +157,3 @@ def held_out_divergence(
     return float(
         _divergence(config, reference_config)(params, Frozen(teacher=reference), jax.tree.map(jnp.asarray, batch))
     )
-
-
-def delta_norm(params: Any, base: Any) -> float:
-    """‖θ - θ_base‖₂ over all parameters, in float64."""
-    squares = jax.tree.map(
-        lambda a, b: np.sum(np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64))), params, base
-    )
-    return float(np.sqrt(sum(jax.tree.leaves(squares))))

@@ -23,9 +23,9 @@ class Cache(NamedTuple):
         return self.keys.shape[2]
 
 
-def empty_cache(config: ModelConfig, slots: int, capacity: int, dtype: jnp.dtype | type = jnp.float32) -> Cache:
-    """A cache with no tokens in any slot."""
-    shape = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim)
+def empty_cache(config: ModelConfig, slots: int, capacity: int) -> Cache:
+    """A cache with no tokens in any slot, in the dtype that the model computes in."""
+    shape, dtype = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim), config.compute_dtype
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((slots,), jnp.int32))
 
 

@@ -13,13 +13,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from subl_jax.models import attention
+from subl_jax.models.backends import attend_documents, choose_backend
 from subl_jax.models.cache import Cache, write
-from subl_jax.models.config import ModelConfig
+from subl_jax.models.config import LoraConfig, ModelConfig
+from subl_jax.parallel.layout import Layout
 
 Params = Mapping[str, Any]
+
+# The logit of a padding row of the vocabulary: its probability is exactly 0 in float32, and no arithmetic on it is NaN.
+PADDING_LOGIT = -1e30
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class _Carry(NamedTuple):
@@ -28,6 +38,27 @@ class _Carry(NamedTuple):
     x: Float[Array, "batch time d_model"]
     keys: Float[Array, "layers batch capacity kv_heads dim"] | None
     values: Float[Array, "layers batch capacity kv_heads dim"] | None
+
+
+class _Where(NamedTuple):
+    """What every layer is told of the tokens.
+
+    Attributes:
+      positions: place of each token in its document.
+      segments: document of each token, or whether it is to be appended to the cache.
+      mask: which keys a query may see; None where a backend works it out from the segments.
+      ahead: how many tokens before its query each key stands; given only where layers have windows and a mask.
+    """
+
+    positions: Int[Array, "batch time"]
+    segments: Int[Array, "batch time"]
+    mask: Bool[Array, "batch time source"] | None
+    ahead: Int[Array, "*batch time source"] | None
+
+
+def _constrain(layout: Layout | None, x: Array, *names: str | None) -> Array:
+    """Pins an activation to its place on the mesh; without a layout there is one device and nothing to say."""
+    return x if layout is None else layout.constrain(x, *names)
 
 
 class _RMSNorm(nn.Module):
@@ -41,77 +72,164 @@ class _RMSNorm(nn.Module):
         return (normed * scale).astype(x.dtype)
 
 
+class _Dense(nn.Module):
+    """x W (+ b) (+ scale · dropout(x) A B) in the dtype of x, whatever the weights are held in."""
+
+    features: int
+    bias: bool
+    lora: LoraConfig | None
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        fan_in = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (fan_in, self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        if self.lora is not None:
+            down = self.param("lora_a", _init_lora_a, (fan_in, self.lora.rank))
+            up = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, self.features))
+            dropped = nn.Dropout(self.lora.dropout, deterministic=self.deterministic)(x)
+            y += self.lora.scale * ((dropped @ down.astype(x.dtype)) @ up.astype(x.dtype))
+        return y
+
+
+def _init_lora_a(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Uniform in ±1/sqrt(fan_in), as PEFT draws it (Kaiming's with a = sqrt 5)."""
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 class _Block(nn.Module):
     """One layer: attention and SwiGLU, each behind an RMSNorm and added to the residual stream."""
 
     config: ModelConfig
+    layout: Layout | None
     deterministic: bool
 
     @nn.compact
-    def __call__(self, carry: _Carry, layer: Array, positions: Array, segments: Array, mask: Array):
-        config = self.config
+    def __call__(self, carry: _Carry, layer: Array, window: Array | None, where: _Where):
+        config, layout = self.config, self.layout
 
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, use_bias=False, name=name, dtype=carry.x.dtype)
+        def dense(features: int, name: str, bias: bool = False) -> _Dense:
+            lora = config.lora if config.lora is not None and name in config.lora.targets else None
+            return _Dense(features, bias, lora, self.deterministic, name=name)
 
-        def heads(x: Array, count: int) -> Array:
-            return x.reshape(*x.shape[:2], count, config.head_dim)
+        def heads(x: Array, count: int, names: str) -> Array:
+            return _constrain(layout, x.reshape(*x.shape[:2], count, config.head_dim), "batch", None, names, None)
 
         # Attention
         normed = _RMSNorm(config.rms_eps, name="attention_norm")(carry.x)
-        queries = heads(dense(config.num_heads * config.head_dim, "q")(normed), config.num_heads)
-        keys = heads(dense(config.num_kv_heads * config.head_dim, "k")(normed), config.num_kv_heads)
-        values = heads(dense(config.num_kv_heads * config.head_dim, "v")(normed), config.num_kv_heads)
-        queries = attention.rotary(queries, positions, config.rope_theta)
-        keys = attention.rotary(keys, positions, config.rope_theta)
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        queries = heads(dense(width, "q", config.qkv_bias)(normed), config.num_heads, "heads")
+        keys = heads(dense(kv_width, "k", config.qkv_bias)(normed), config.num_kv_heads, "kv_heads")
+        values = heads(dense(kv_width, "v", config.qkv_bias)(normed), config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            queries = _RMSNorm(config.rms_eps, name="q_norm")(queries)
+            keys = _RMSNorm(config.rms_eps, name="k_norm")(keys)
+        frequency = attention.frequencies(config)
+        queries = attention.rotary(queries, where.positions, frequency)
+        keys = attention.rotary(keys, where.positions, frequency)
         cache_keys, cache_values = carry.keys, carry.values
         if cache_keys is not None and cache_values is not None:
-            cache_keys = write(cache_keys, layer, keys, positions, segments)
-            cache_values = write(cache_values, layer, values, positions, segments)
+            cache_keys = write(cache_keys, layer, keys, where.positions, where.segments)
+            cache_values = write(cache_values, layer, values, where.positions, where.segments)
             keys, values = cache_keys[layer], cache_values[layer]
-        mixed = attention.attend(queries, keys, values, mask)
-        mixed = dense(config.d_model, "o")(mixed.reshape(*mixed.shape[:2], -1))
+        if where.mask is None:
+            mixed = attend_documents(queries, keys, values, where.segments, config, layout)
+        else:
+            mask = where.mask
+            if window is not None and where.ahead is not None:
+                mask &= attention.within(window, where.ahead)
+            mixed = attention.attend(queries, keys.astype(queries.dtype), values.astype(queries.dtype), mask)
+        mixed = dense(config.d_model, "o", config.o_bias)(mixed.reshape(*mixed.shape[:2], -1))
         x = carry.x + nn.Dropout(config.dropout, deterministic=self.deterministic)(mixed)
+        x = _constrain(layout, x, "batch", None, None)
 
         # SwiGLU
         normed = _RMSNorm(config.rms_eps, name="mlp_norm")(x)
         gated = nn.silu(dense(config.d_ff, "gate")(normed)) * dense(config.d_ff, "up")(normed)
+        gated = _constrain(layout, gated, "batch", None, "mlp")
         x = x + nn.Dropout(config.dropout, deterministic=self.deterministic)(dense(config.d_model, "down")(gated))
+        x = _constrain(layout, x, "batch", None, None)
         return _Carry(x, cache_keys, cache_values), None
 
 
 class _Decoder(nn.Module):
     config: ModelConfig
+    layout: Layout | None
     deterministic: bool
 
     @nn.compact
-    def __call__(self, tokens: Array, positions: Array, segments: Array, mask: Array, cache: Cache | None):
+    def __call__(self, tokens: Array, where: _Where, cache: Cache | None):
         config = self.config
         embedding = self.param(
             "embedding", nn.initializers.normal(config.init_scale), (config.vocab_size, config.d_model)
         )
         if not config.tie_embeddings:
             self.param("head", nn.initializers.lecun_normal(), (config.d_model, config.vocab_size))
-        carry = _Carry(embedding[tokens], cache and cache.keys, cache and cache.values)
+        x = _look_up(embedding, tokens, self.layout).astype(config.compute_dtype)
+        carry = _Carry(x, cache and cache.keys, cache and cache.values)
+        block = _Block
+        if config.remat != "none":
+            block = nn.remat(_Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
         layers = nn.scan(
-            _Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast, nn.broadcast)),
+            in_axes=cast(Any, (0, 0, nn.broadcast)),
             length=config.num_layers,
             unroll=config.scan_unroll,
         )
-        carry, _ = layers(config, self.deterministic, name="layers")(
-            carry, jnp.arange(config.num_layers), positions, segments, mask
+        windows = jnp.asarray(config.windows, jnp.int32) if any(config.windows) else None
+        carry, _ = layers(config, self.layout, self.deterministic, name="layers")(
+            carry, jnp.arange(config.num_layers), windows, where
         )
         return _RMSNorm(config.rms_eps, name="final_norm")(carry.x), carry.keys, carry.values
 
 
+def _look_up(
+    embedding: Float[Array, "vocab d_model"], tokens: Int[Array, "batch time"], layout: Layout | None
+) -> Float[Array, "batch time d_model"]:
+    """Rows of the embedding; under a layout without gathering the table, which automatic partitioning would do.
+
+    Rows of the batch share their ids with the devices that hold other columns of the table; each device looks in its part
+    of the vocabulary; the parts are summed, and every row goes back, with all of its columns, to the device it belongs to.
+    """
+    if layout is None:
+        return embedding[tokens]
+    vocab, columns = layout.axes("vocab"), layout.axes("embed")
+
+    def look_up(table: Float[Array, "rows part"], ids: Int[Array, "mine time"]) -> Float[Array, "mine time d_model"]:
+        if columns:
+            ids = jax.lax.all_gather(ids, columns, tiled=True)
+        if vocab:
+            ids = ids - jax.lax.axis_index(vocab) * table.shape[0]
+        inside = (ids >= 0) & (ids < table.shape[0])
+        found = jnp.where(inside[..., None], table[jnp.clip(ids, 0, table.shape[0] - 1)], 0)
+        if vocab:
+            found = jax.lax.psum(found, vocab)
+        if columns:
+            found = jax.lax.all_to_all(found, columns, split_axis=0, concat_axis=2, tiled=True)
+        return found
+
+    return jax.shard_map(
+        look_up,
+        mesh=layout.mesh,
+        in_specs=(layout.spec(("vocab", "embed")), layout.spec(("batch", None))),
+        out_specs=layout.spec(("batch", None, None)),
+    )(embedding, tokens)
+
+
 def init(config: ModelConfig, key: Array) -> dict[str, Any]:
-    """Random float32 parameters: normal(init_scale) embedding, 1/sqrt(fan_in) matrices, unit norms."""
+    """Random float32 parameters: normal(init_scale) embedding, 1/sqrt(fan_in) matrices, unit norms, zero biases.
+
+    Adapters, where the configuration has them, are among the leaves; they start as no change.
+    """
     tokens = jnp.zeros((1, 2), jnp.int32)
-    mask = attention.packed_mask(jnp.ones_like(tokens))
-    return cast(dict[str, Any], _Decoder(config, True).init(key, tokens, tokens, tokens, mask, None)["params"])
+    where = _Where(tokens, tokens, attention.packed_mask(jnp.ones_like(tokens)), None)
+    return cast(dict[str, Any], _Decoder(config, None, True).init(key, tokens, where, None)["params"])
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
@@ -134,6 +252,7 @@ def apply(
     segments: Int[Array, "batch time"],
     cache: Cache | None = None,
     dropout_key: Array | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "batch time d_model"], Cache | None]:
     """Runs the decoder.
 
@@ -146,22 +265,55 @@ def apply(
         to be appended to their slot and 0 for padding, which must stand on the right.
       cache: keys and values of earlier tokens, or None for a pass over whole documents.
       dropout_key: turns dropout on.
+      layout: where activations lie in a program over a mesh; None in a program of one device.
 
     Returns:
-      Hidden states after the final norm, and the cache with the new tokens appended (None if none was given).
+      Hidden states after the final norm in `config.compute_dtype`, and the cache with the new tokens appended (None if
+      none was given).
     """
-    mask = attention.packed_mask(segments) if cache is None else attention.cached_mask(positions, cache.capacity)
+    if cache is not None:
+        mask = attention.cached_mask(positions, cache.capacity)
+        ahead = positions[:, :, None] - jnp.arange(cache.capacity) if any(config.windows) else None
+    elif choose_backend(config, tokens.shape[1], layout) == "xla":
+        mask = attention.packed_mask(segments)
+        # Documents are contiguous, so places in the row measure the distance as well as positions do.
+        places = jnp.arange(tokens.shape[1])
+        ahead = places[:, None] - places if any(config.windows) else None
+    else:
+        mask = ahead = None
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    module, variables = _Decoder(config, dropout_key is None), {"params": merge(trainable, frozen)}
-    hidden, keys, values = cast(Any, module.apply(variables, tokens, positions, segments, mask, cache, rngs=rngs))
+    module, variables = _Decoder(config, layout, dropout_key is None), {"params": merge(trainable, frozen)}
+    where = _Where(positions, segments, mask, ahead)
+    hidden, keys, values = cast(Any, module.apply(variables, tokens, where, cache, rngs=rngs))
     if cache is None:
         return hidden, None
     return hidden, Cache(keys, values, cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32))
 
 
 def head_matrix(config: ModelConfig, params: Params) -> Float[Array, "d_model vocab"]:
-    """The vocabulary head: the transposed embedding when tied, a matrix of its own otherwise."""
+    """The vocabulary head: the transposed embedding when tied, a matrix of its own otherwise. Padding rows included."""
     return params["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def logits(
+    config: ModelConfig, params: Params, hidden: Float[Array, "*tokens d_model"], layout: Layout | None = None
+) -> Float[Array, "*tokens vocab"]:
+    """Float32 logits of hidden states; those of padding rows of the vocabulary are `PADDING_LOGIT`.
+
+    An untrained or foreign head gives padding rows any value: they must be neither sampled nor part of a softmax.
+    """
+    head = head_matrix(config, params).astype(hidden.dtype)
+    scores = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    if layout is not None:
+        scores = layout.constrain(scores, "batch", *[None] * (scores.ndim - 2), "vocab")
+    return mask_padding(config, scores)
+
+
+def mask_padding(config: ModelConfig, scores: Float[Array, "*tokens vocab"]) -> Float[Array, "*tokens vocab"]:
+    """Logits with those of the vocabulary's padding rows at `PADDING_LOGIT`; the same array where there are none."""
+    if config.known_tokens == config.vocab_size:
+        return scores
+    return jnp.where(jnp.arange(config.vocab_size) < config.known_tokens, scores, PADDING_LOGIT)
 
 
 def count_parameters(params: Params) -> int:

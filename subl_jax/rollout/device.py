@@ -80,7 +80,7 @@ def _prefill(config: ModelConfig, sampling: SamplingConfig, params, cache: Cache
         last = jnp.where(((inside >= 0) & (inside < chunk))[:, None], here, state.last)
         return _Prefill(cache, last, state.offset + chunk)
 
-    last = jnp.zeros((request.tokens.shape[0], config.d_model), cache.keys.dtype)
+    last = jnp.zeros((request.tokens.shape[0], config.d_model), config.compute_dtype)
     return jax.lax.while_loop(
         lambda state: jnp.any(state.offset < request.counts), body, _Prefill(cache, last, jnp.zeros((), jnp.int32))
     )
@@ -110,12 +110,13 @@ def run_turn(
     """
     cache = cache._replace(lengths=jnp.where(fresh, 0, cache.lengths))
     prefilled = _prefill(config, sampling, params, cache, request)
-    head = decoder.head_matrix(config, params)
+    head = decoder.head_matrix(config, params).astype(config.compute_dtype)
     keys = jax.vmap(functools.partial(turn_key, seed, policy))(request.episode, request.sample, request.turn)
     slots = request.tokens.shape[0]
 
     def body(state: _Decode) -> _Decode:
-        tokens, logprobs = draw(state.last @ head, keys, state.step, sampling.temperature)
+        scores = decoder.mask_padding(config, (state.last @ head).astype(jnp.float32))
+        tokens, logprobs = draw(scores, keys, state.step, sampling.temperature)
         result = TurnResult(
             state.result.tokens.at[:, state.step].set(jnp.where(state.running, tokens, 0)),
             state.result.logprobs.at[:, state.step].set(jnp.where(state.running, logprobs, 0.0)),

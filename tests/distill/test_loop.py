@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,16 +10,20 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from subl_jax.checkpoint import CheckpointMismatch, read_metadata
 from subl_jax.distill import loop
 from subl_jax.distill.loop import Model, TrainConfig, TrainingDiverged, train
 from subl_jax.distill.step import Objective, OptimizerConfig, compiled_step
 from subl_jax.metrics.writers import read_metrics
+from subl_jax.models.config import LoraConfig
+from subl_jax.parallel.layout import LayoutError, MeshConfig
 from tests.distill import tiny
 
 CONFIG = TrainConfig(
@@ -80,8 +85,8 @@ def test_the_seed_orders_the_data_and_shares_the_program(unbroken, tmp_path):
     )
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 5])
-def test_a_run_that_was_interrupted_ends_like_one_that_was_not(unbroken, tmp_path, monkeypatch, at):
+def run_until(at: int, root: Path, monkeypatch, **more) -> None:
+    """A run that ends when it asks for the batch at a position."""
     batch = loop.BatchSource.batch
 
     def interrupted(self, position):
@@ -89,10 +94,15 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(unbroken, tmp_pat
             raise KeyboardInterrupt
         return batch(self, position)
 
-    monkeypatch.setattr(loop.BatchSource, "batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path)
-    asked = []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop.BatchSource, "batch", interrupted)
+        run(root, **more)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5])
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(unbroken, tmp_path, monkeypatch, at):
+    run_until(at, tmp_path, monkeypatch)
+    batch, asked = loop.BatchSource.batch, []
     monkeypatch.setattr(loop.BatchSource, "batch", lambda self, p: asked.append(p) or batch(self, p))
     resumed = run(tmp_path)
     assert asked == list(range(at - at % 2, 6))
@@ -194,3 +204,93 @@ def test_a_student_learns_its_teachers_distribution(tmp_path):
     run(tmp_path, config, objective=Objective("forward_kl"), teacher=teacher)
     values = [loss for _, loss, _ in losses_of(tmp_path)]
     assert values[-1] < 0.8 * values[0]
+
+
+# --- Meshes -----------------------------------------------------------------------------------------------------------
+
+# A student of one key/value head, which two devices cannot share.
+MESH = MeshConfig(fsdp=2, tensor=2, student_rules="kv_replicated")
+DISTILLED = {"objective": Objective("forward_kl"), "teacher": Model(tiny.LARGE, tiny.params(tiny.LARGE, 1))}
+
+
+def devices_of(params) -> int:
+    (count,) = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)}
+    return count
+
+
+def assert_equal_to_rounding(left, right) -> None:
+    """Relative L2 distance of all parameters together."""
+    a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (left, right))
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.fixture(scope="module")
+def distilled_alone(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distilled")
+    return root, run(root, **DISTILLED)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mesh_ends_with_the_parameters_of_a_run_on_one_device(distilled_alone, tmp_path):
+    split = run(tmp_path, parallel=MESH, **DISTILLED)
+    assert (devices_of(split.params), devices_of(distilled_alone[1].params)) == (4, 1)
+    assert_equal_to_rounding(split.params, distilled_alone[1].params)
+    np.testing.assert_allclose(losses_of(tmp_path), losses_of(distilled_alone[0]), rtol=1e-4)
+    assert_equal_bits(MODEL.params, START)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(MESH, MeshConfig()), (MeshConfig(), MESH)], ids=["joined", "split"])
+def test_a_checkpoint_resumes_on_another_mesh(distilled_alone, tmp_path, monkeypatch, first, then):
+    run_until(3, tmp_path, monkeypatch, parallel=first, **DISTILLED)
+    resumed = run(tmp_path, parallel=then, **DISTILLED)
+    assert devices_of(resumed.params) == then.fsdp * then.tensor
+    assert_equal_to_rounding(resumed.params, distilled_alone[1].params)
+    assert [step for step, *_ in losses_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (MeshConfig(tensor=2), "num_kv_heads=1 .* over tensor=2 .*kv_replicated"),
+        (MeshConfig(data=3), r"rows of a batch=8 .* over data=3 .* 6 or 9;"),
+        (MeshConfig(fsdp=16), "has 16 devices, 8 are there"),
+    ],
+)
+def test_what_does_not_split_is_refused_and_nothing_is_trained(tmp_path, parallel, message):
+    with pytest.raises(LayoutError, match=message):
+        run(tmp_path, parallel=parallel)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
+
+
+# --- Adapters ---------------------------------------------------------------------------------------------------------
+
+ADAPTED = Model(
+    dataclasses.replace(tiny.SMALL, lora=LoraConfig(rank=2, dropout=0.1, targets=("q", "down"))), MODEL.params
+)
+
+
+@pytest.mark.slow
+def test_adapters_are_all_that_is_trained_and_kept_and_they_resume_bit_for_bit(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", student=ADAPTED)
+    values = losses_of(tmp_path / "whole")
+    assert values[-1][1] < values[0][1]
+    assert_equal_bits(MODEL.params, START)
+    # [layers, d_model 16 or d_ff 24, rank] and [layers, rank, heads 2 x 8 or d_model]
+    shapes = {"down": ([1, 24, 2], [1, 2, 16]), "q": ([1, 16, 2], [1, 2, 16])}
+    adapters = {f"layers/{name}/{leaf}": shape for name, pair in shapes.items()
+                for leaf, shape in zip(("lora_a", "lora_b"), pair, strict=True)}  # fmt: skip
+    trained: dict[tuple[str, ...], Any] = flatten_dict(whole.params)
+    assert {"/".join(path): list(leaf.shape) for path, leaf in trained.items()} == adapters
+
+    run_until(5, tmp_path / "cut", monkeypatch, student=ADAPTED)
+    (newest,) = (tmp_path / "cut" / "model" / "steps").glob("00000004")
+    layout = json.loads((newest / "metadata.json").read_text())["layout"]
+    arrays = {path: shape for path, (shape, _) in layout.items() if shape}
+    # Parameters and Adam's two moments, of adapters and of nothing else.
+    assert len(arrays) == 3 * len(adapters)
+    for path, shape in arrays.items():
+        assert shape == adapters[path[path.index("layers/") :]]
+    resumed = run(tmp_path / "cut", student=ADAPTED)
+    assert_equal_bits(resumed.params, whole.params)
+    assert losses_of(tmp_path / "cut") == values

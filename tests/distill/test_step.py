@@ -23,7 +23,7 @@ from subl_jax.distill.step import (
     mean_loss,
 )
 from subl_jax.models import decoder
-from subl_jax.parallel.devices import data_mesh, replicate, shard_batch
+from subl_jax.parallel.layout import Layout, LayoutError, MeshConfig, make_mesh
 from tests.distill import tiny
 
 DOCUMENTS = tiny.documents(9)
@@ -147,17 +147,18 @@ def test_packed_loss_at_listed_places_is_the_dense_masked_mean(name):
 
 
 def test_eight_devices_and_one_agree():
-    batch, mesh = packed_batch(), data_mesh()
+    batch, layout = packed_batch(), Layout(make_mesh(MeshConfig(data=8)))
     assert np.max(np.asarray(batch.segments)) > 1  # rows of several documents
     assert len(jax.devices()) == 8
-    many = gradient_of("full")(replicate(STUDENT, mesh), replicate(FROZEN, mesh), shard_batch(batch, mesh))
+    many = gradient_of("full")(layout.replicate(STUDENT), layout.replicate(FROZEN), layout.shard_batch(batch))
     assert len(many[0].sharding.device_set) == 8
     assert_same(many, gradient_of("full")(STUDENT, FROZEN, batch))
 
 
 def test_rows_that_do_not_split_over_the_devices_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="12 rows does not split over data=8 devices; use 8 or 16"):
-        shard_batch(packed_batch(rows=12), data_mesh())
+    layout = Layout(make_mesh(MeshConfig(data=8)))
+    with pytest.raises(LayoutError, match=r"rows of a batch=12 .*over data=8 x fsdp=1 .* sizes that do are 8 or 16.*"):
+        layout.shard_batch(packed_batch(rows=12))
 
 
 def test_the_order_of_rows_and_an_empty_row_change_nothing():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ import pytest
 from scipy.special import log_softmax
 
 from subl_jax.chat import tokenizer as tokenizers
+from subl_jax.chat.families import renderer_for
 from subl_jax.chat.messages import ToolCall, assistant, system, user
 from subl_jax.chat.rendering import Renderer
 from subl_jax.evaluate.readout import NameScores, call_prefix, name_ids, score_names
 from subl_jax.models import decoder
+from tests.chat.family_templates import llama_tokenizer, qwen_tokenizer
 from tests.distill import tiny
 
 NAMES = ("stop", "list_files", "list_old_files", "erase_file", "keep_file")
@@ -133,13 +137,119 @@ def test_a_name_whose_tokens_begin_anothers_is_refused():
         name_ids(renderer(), tools, [system("w"), user("x")])
 
 
-def test_a_name_that_merges_with_the_text_before_it_is_refused():
+def test_a_name_that_merges_with_the_mark_before_it_is_spelled_from_that_mark_on():
     class Merging(Renderer):
-        """Encodes `"s` as one id, as a foreign tokenizer may."""
+        """Letters are ids; `"s` is one, as a foreign tokenizer may have it."""
 
         def encode(self, text: str) -> list[int]:
             left, found, right = text.partition('"s')
             return [*map(ord, left), *([9999] if found else []), *map(ord, right)]
 
-    with pytest.raises(ValueError, match="merges the tool name 'stop' with the text before it"):
-        name_ids(Merging(renderer().tokenizer), [schema("list"), schema("stop")], [system("w"), user("x")])
+        def decode(self, ids) -> str:
+            return "".join('"s' if index == 9999 else chr(index) for index in ids)
+
+    ours, talk = Merging(renderer().tokenizer), [system("w"), user("x")]
+    names, spelled = name_ids(ours, [schema("list"), schema("stop")], talk)
+    assert ours.decode(call_prefix(ours, [schema("list"), schema("stop")], talk)) == '<tool_call>{"name":'
+    assert dict(zip(names, spelled, strict=True)) == {
+        "list": [*map(ord, '"list')],
+        "stop": [9999, *map(ord, "top")],
+    }
+    # Alone, a name that does not merge is spelled from its first letter; one that does, from the mark.
+    assert name_ids(ours, [schema("list")], talk)[1] == [[*map(ord, "list")]]
+    assert name_ids(ours, [schema("stop")], talk)[1] == [[9999, *map(ord, "top")]]
+
+
+def test_a_name_that_merges_with_the_text_behind_it_is_refused():
+    class Merging(Renderer):
+        def encode(self, text: str) -> list[int]:
+            return [9999 if piece == '_"' else ord(piece) for piece in re.findall('_"|.', text)]
+
+        def decode(self, ids) -> str:
+            return "".join('_"' if index == 9999 else chr(index) for index in ids)
+
+    ours = Merging(renderer().tokenizer)
+    with pytest.raises(ValueError, match="merges the tool name 'stop_' with the text behind it; rename the tool"):
+        name_ids(ours, [schema("list"), schema("stop_")], [system("w"), user("x")])
+
+
+def test_a_tool_named_like_a_word_of_the_calls_own_form_is_found_at_its_place():
+    talk = [system("w"), user("x")]
+    for name in ("name", "tool_call", "arguments", "0", "1"):
+        names, spelled = name_ids(renderer(), [schema(name)], talk)
+        assert renderer().decode(spelled[0]) == name == names[0]
+
+
+# --- Tokenizers and formats of real families ------------------------------------------------------------------------------
+
+FAMILY_NAMES = ("stop", "list_files", "list_old_files", "_erase", "keep_file", "name")
+FAMILY_TOOLS = [schema(name) for name in FAMILY_NAMES]
+FAMILY_TEXTS = ['"stop", "list_files", "list_old_files", "keep_file"', '{"name": "_erase"}'] * 200
+
+
+@functools.cache
+def family_renderer(which: str) -> Renderer:
+    if which == "llama":
+        return renderer_for(llama_tokenizer(FAMILY_TEXTS, 460))
+    return renderer_for(qwen_tokenizer(FAMILY_TEXTS, 460, version="3" if which == "3" else "2.5"))
+
+
+def by_offsets(which: str, messages) -> tuple[list[list[int]], int, list[int]]:
+    """Per name the ids of a whole call, where the shared ones end, and where each name ends; by the tokenizer's offsets."""
+    ours = family_renderer(which)
+    written, shared, stops = [], [], []
+    for name in FAMILY_NAMES:
+        text = ours.turn_text(messages, assistant(calls=[ToolCall(name, {})]), FAMILY_TOOLS)
+        start = re.search(r'"name": "', text).end()  # type: ignore[union-attr]
+        encoded = ours.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]  # type: ignore[union-attr]
+        written.append(encoded["input_ids"])
+        shared.append(sum(end <= start for end in ends))
+        stops.append(ends.index(start + len(name)) + 1)
+    same = next(n for n in range(99) if len({tuple(ids[:n]) for ids in written}) > 1) - 1
+    return written, min(same, *shared), stops
+
+
+@pytest.mark.parametrize("which", ["llama", "2.5", "3"])
+def test_family_names_are_the_ids_of_a_rendered_call(which):
+    talk = [system("w"), user("x")]
+    written, count, stops = by_offsets(which, talk)
+    ours = family_renderer(which)
+    names, spelled = name_ids(ours, FAMILY_TOOLS, talk)
+    assert names == FAMILY_NAMES
+    assert call_prefix(ours, FAMILY_TOOLS, talk) == written[0][:count]
+    assert spelled == [ids[count:stop] for ids, stop in zip(written, stops, strict=True)]
+    # One name begins with a mark, which the tokenizer joins to the quote before it; so all are spelled from there on.
+    assert [ours.decode(ids) for ids in spelled] == [f' "{name}' for name in FAMILY_NAMES]
+    assert len(spelled[3]) < len(ours.encode(' "')) + len(ours.encode("_erase"))
+    # Without it they are spelled from their first letter.
+    others = [tool for tool in FAMILY_TOOLS if tool["function"]["name"] != "_erase"]
+    assert [ours.decode(ids) for ids in name_ids(ours, others, talk)[1]] == [n for n in FAMILY_NAMES if n != "_erase"]
+    for name, ids in zip(names, spelled, strict=True):
+        [item] = ours.render([([*talk, assistant(calls=[ToolCall(name, {"path": "a"})])], FAMILY_TOOLS)])
+        assert item.tokens[item.loss_mask].tolist()[: count + len(ids)] == written[0][:count] + ids
+
+
+def test_family_scores_equal_a_plain_sum_over_the_rendered_calls():
+    ours = family_renderer("llama")
+    config = dataclasses.replace(tiny.SMALL, vocab_size=len(ours.tokenizer))
+    params = tiny.params(config, 5)
+    talks = [([system("w"), user("x" * n)], FAMILY_TOOLS[: 3 + n]) for n in (1, 3)]
+    scores = score_names(config, params, ours, talks, FAMILY_TOOLS)
+    written, count, stops = by_offsets("llama", talks[0][0])
+    rows = [ours.opening(*talk) + ids for talk in talks for ids in written]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+    inside = (np.arange(tokens.shape[1]) < np.array([len(ids) for ids in rows])[:, None]).astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = jax.jit(lambda *fields: decoder.apply(config, params, {}, *fields))(
+        *(jnp.asarray(field) for field in (tokens, positions, inside))
+    )
+    chosen = log_softmax(np.asarray(hidden, np.float64) @ np.asarray(params["embedding"], np.float64).T, axis=-1)
+    expected = np.zeros((len(talks), len(FAMILY_NAMES)))
+    for (task, talk), (name, stop) in itertools.product(enumerate(talks), enumerate(stops)):
+        row, start = task * len(FAMILY_NAMES) + name, len(ours.opening(*talk))
+        expected[task, name] = sum(chosen[row, k - 1, tokens[row, k]] for k in range(start + count, start + stop))
+    np.testing.assert_allclose(scores.log_probs, expected, atol=1e-4)
+    assert np.all((scores.mass() > 0) & (scores.mass() <= 1 + 1e-6))

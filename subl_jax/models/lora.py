@@ -1,0 +1,169 @@
+"""Low-rank adapters as a parameter tree of their own: drawn, told from the weights that they sit on, and merged.
+
+Adapters are the leaves `lora_a` and `lora_b` beside a matrix's `kernel`, so that `decoder.merge(adapters, weights)` is a
+model; a model is trained, checkpointed, exported and rolled out by naming the two halves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
+
+from subl_jax import artifacts, checkpoint
+from subl_jax.models import decoder
+from subl_jax.models.config import ModelConfig
+
+_LEAVES = ("lora_a", "lora_b")
+
+
+def split(params: decoder.Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(adapters, the other parameters) of a tree that holds both."""
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+    return (
+        unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] in _LEAVES}),
+        unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] not in _LEAVES}),
+    )
+
+
+def init_adapters(config: ModelConfig, key: Array) -> dict[str, Any]:
+    """Fresh adapters: A uniform in ±1/sqrt(fan_in), B zero, so that the model is unchanged at first (as in PEFT).
+
+    Raises:
+      ValueError: the configuration has none.
+    """
+    if config.lora is None:
+        raise ValueError("the model configuration has no adapters (lora is None); set --config.<stage>.lora")
+    adapters, _ = split(jax.eval_shape(lambda: decoder.init(config, key)))
+    drawn: dict[tuple[str, ...], Any] = {}
+    for path, leaf in sorted(flatten_dict(adapters).items()):
+        if path[-1] == "lora_b":
+            drawn[path] = jnp.zeros(leaf.shape, jnp.float32)
+        else:
+            name = config.lora.targets.index(path[-2])
+            bound = leaf.shape[-2] ** -0.5
+            drawn[path] = jax.random.uniform(jax.random.fold_in(key, name), leaf.shape, minval=-bound, maxval=bound)
+    return unflatten_dict(drawn)
+
+
+def merged(config: ModelConfig, params: decoder.Params) -> dict[str, Any]:
+    """The weights with every adapter added in (W + alpha / rank · A B), in the weights' dtype; without adapters, as is.
+
+    The sum is formed in float32 and rounded once.
+    """
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+    if config.lora is None:
+        return unflatten_dict(flat)
+    whole = {path: leaf for path, leaf in flat.items() if path[-1] not in _LEAVES}
+    for path in [path for path in flat if path[-1] == "lora_a"]:
+        kernel = (*path[:-1], "kernel")
+        down, up = (leaf.astype(jnp.float32) for leaf in (flat[path], flat[*path[:-1], "lora_b"]))
+        # By default an accelerator would multiply float32 matrices in fewer bits.
+        update = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+        weights = whole[kernel]
+        whole[kernel] = (weights.astype(jnp.float32) + config.lora.scale * update).astype(weights.dtype)
+    return unflatten_dict(whole)
+
+
+def delta_norm(config: ModelConfig, params: decoder.Params, base: decoder.Params) -> float:
+    """‖θ - θ_base‖₂ over all weights, in float64; an adapter counts as what it adds to its matrix, alpha / rank · A B."""
+    whole: dict[tuple[str, ...], Any] = flatten_dict(params)
+    before: dict[tuple[str, ...], Any] = flatten_dict(base)
+    total = 0.0
+    for path, leaf in whole.items():
+        if path[-1] == "lora_b":
+            continue
+        rows = range(leaf.shape[0]) if leaf.ndim > 2 else [...]  # layer by layer: a stack in float64 may not fit
+        for row in rows:
+            now = np.asarray(leaf[row], np.float64)
+            if path[-1] == "lora_a":
+                assert config.lora is not None  # the tree holds adapters
+                change = config.lora.scale * now @ np.asarray(whole[*path[:-1], "lora_b"][row], np.float64)
+            else:
+                change = now - np.asarray(before[path][row], np.float64)
+            total += float(np.sum(np.square(change)))
+    return math.sqrt(total)
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def load_adapters(directory: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+    """Reads an adapter checkpoint: adapters only, with "model" (architecture) and "lora" in its metadata.
+
+    Returns:
+      The model's configuration with its `lora`, the adapters, and the whole metadata.
+
+    Raises:
+      CheckpointMismatch: it holds no adapters, or others than its metadata says.
+      CheckpointError: there is none, or it is damaged.
+    """
+    metadata = checkpoint.read_metadata(directory)
+    if not metadata.get("lora") or "model" not in metadata:
+        raise checkpoint.CheckpointMismatch(
+            f"{directory} holds no adapters (its metadata has model {'given' if 'model' in metadata else 'missing'}, "
+            f"lora={metadata.get('lora')}); name the checkpoint of a model that was trained with adapters"
+        )
+    config = ModelConfig.from_dict({**metadata["model"], "lora": metadata["lora"]})
+    adapters, _ = checkpoint.load_model(directory)
+    wanted, _ = split(jax.eval_shape(lambda: decoder.init(config, jax.random.key(0))))
+    stored, asked = (
+        {path: shape for path, (shape, _) in checkpoint.layout_of(tree).items()} for tree in (adapters, wanted)
+    )
+    found = artifacts.differences(stored, asked)
+    if found:
+        raise checkpoint.CheckpointMismatch(
+            f"{directory} holds other parameters than the adapters of its metadata "
+            f"({artifacts.describe(found, 'the checkpoint', 'its metadata')}); run the stage that writes it again"
+        )
+    return config, adapters, metadata
+
+
+def merge_checkpoint(
+    adapter_dir: str | os.PathLike[str], base_dir: str | os.PathLike[str]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model that adapters make of their base, as plain weights in the base's dtype (see `merged`).
+
+    The base must have the architecture and, where both checkpoints tell it, the tokenizer of the adapters; and everything
+    that the adapters' metadata holds under "base" must stand in the base's own metadata.
+
+    Args:
+      adapter_dir: see `load_adapters`.
+      base_dir: checkpoint of the weights that the adapters were trained on.
+
+    Returns:
+      The configuration (without adapters) and the parameters.
+
+    Raises:
+      CheckpointMismatch: the two do not fit; every difference is named.
+      CheckpointError: one of them is missing or damaged.
+    """
+    config, adapters, metadata = load_adapters(adapter_dir)
+    told = checkpoint.read_metadata(base_dir)
+    if told.get("lora"):
+        raise checkpoint.CheckpointMismatch(
+            f"{base_dir} holds adapters itself; name the checkpoint of the weights that {adapter_dir} was trained on"
+        )
+    # Through ModelConfig: a field that one of the two was written before has its default.
+    told_model = ModelConfig.from_dict(told["model"]).architecture() if "model" in told else None
+    stored: dict[str, Any] = {"model": told_model}
+    asked = {"model": dataclasses.replace(config, lora=None).architecture()}
+    if told.get("tokenizer") and metadata.get("tokenizer"):
+        stored["tokenizer"], asked["tokenizer"] = told["tokenizer"], metadata["tokenizer"]
+    for key, value in (metadata.get("base") or {}).items():
+        stored[key], asked[key] = told.get(key), value
+    found = artifacts.differences(stored, asked)
+    if found:
+        raise checkpoint.CheckpointMismatch(
+            f"{adapter_dir} was not trained on {base_dir} ({artifacts.describe(found, 'the base', 'the adapters')}); "
+            "name the checkpoint that it was trained on"
+        )
+    params, _ = checkpoint.load_model(base_dir)
+    return dataclasses.replace(config, lora=None), merged(config, decoder.merge(adapters, params))

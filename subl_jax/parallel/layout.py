@@ -1,0 +1,230 @@
+"""Where arrays lie: one mesh of three axes, and one table from the names of dimensions to the axes of that mesh.
+
+A layout (mesh and rules) is handed to whoever places or constrains an array; there is no global mesh, since `pmap`
+refuses to run inside one. Teacher and student may have different rules on the same mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from subl_jax.parallel.devices import Device
+
+Tree = TypeVar("Tree")
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Name of a dimension -> the mesh axes that it is split over. A name that is absent is kept whole on every device, and
+# says so here: nothing is replicated because it happened not to divide. `embed` is split over axes of `batch` only: the
+# look-up of the embedding sends rows there.
+#
+#   data    copies of the weights, each with rows of the batch of its own
+#   fsdp    rows of the batch too; weights are split over it and gathered where they are used
+#   tensor  parts of every matrix; each device computes with its part, activations are summed
+RULES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "default": {
+        "batch": ("data", "fsdp"),
+        "embed": ("fsdp",),  # d_model of the weights
+        "vocab": ("tensor",),
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "mlp": ("tensor",),
+    },
+    # For more devices along tensor than key/value heads: every device holds all of them.
+    "kv_replicated": {
+        "batch": ("data", "fsdp"),
+        "embed": ("fsdp",),
+        "vocab": ("tensor",),
+        "heads": ("tensor",),
+        "mlp": ("tensor",),
+    },
+    # Weights split over every device that shares rows or matrices, and gathered whole: fits any number of heads.
+    "fsdp": {"batch": ("data", "fsdp", "tensor"), "embed": ("fsdp", "tensor")},
+    # A small model beside a large one: its weights stand whole on every device.
+    "replicated": {"batch": ("data", "fsdp", "tensor")},
+}
+
+
+class LayoutError(ValueError):
+    """A dimension does not split over the mesh axes that the rules send it to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The shape of the mesh that training runs on.
+
+    Attributes:
+      data: copies of the weights; 0: as many as the devices allow (on CPU: one, whose kernels use all cores).
+      fsdp: devices that the weights are split over and gathered from.
+      tensor: devices that every matrix product is split over.
+      teacher_rules, student_rules: which column of the table `RULES` places teacher and student.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+    teacher_rules: str = "default"
+    student_rules: str = "default"
+
+    def __post_init__(self) -> None:
+        """Refuses axes of no devices and unknown rules."""
+        for name, low in (("data", 0), ("fsdp", 1), ("tensor", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least {low}")
+        for name in ("teacher_rules", "student_rules"):
+            if getattr(self, name) not in RULES:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(RULES)}")
+
+
+DEFAULT_MESH = MeshConfig()
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
+    """The mesh of a training run over all devices, or over those given.
+
+    Several CPU devices in one process share one thread pool. An all-reduce blocks a pool thread until every device has
+    joined, so that steps dispatched ahead can starve each other: seen as a deadlock at two devices on two cores. With
+    data=0 a CPU run therefore takes fsdp * tensor devices, one by default; one device was as fast.
+
+    Raises:
+      LayoutError: the axes need more devices than there are, or leave some without work.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(config, len(devices), cpu=devices[0].platform == "cpu")
+    wanted = math.prod(shape)
+    grid = np.asarray(devices[:wanted], dtype=object)
+    if devices[0].platform == "tpu" and wanted > 1:
+        from jax.experimental import mesh_utils  # neighbours in the mesh are neighbours on the torus
+
+        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+    return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of a training run over that many accelerators, none of which need be here: shardings, and no arrays.
+
+    Raises:
+      LayoutError: the axes need more devices than there are, or leave some without work.
+    """
+    return AbstractMesh(mesh_shape(config, devices, cpu=False), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_shape(config: MeshConfig, devices: int, cpu: bool) -> tuple[int, int, int]:
+    """Devices along (data, fsdp, tensor).
+
+    Raises:
+      LayoutError: the axes need more devices than there are, or (but for CPU) leave some without work.
+    """
+    inner = config.fsdp * config.tensor
+    data = config.data or (1 if cpu else max(devices // inner, 1))
+    wanted = data * inner
+    if wanted > devices or (not cpu and wanted != devices):
+        fits = max((n for n in range(1, devices + 1) if devices % n == 0 and n <= inner), default=1)
+        raise LayoutError(
+            f"a mesh of data={data} x fsdp={config.fsdp} x tensor={config.tensor} has {wanted} devices, {devices} are "
+            f"there; use axes whose product is {devices}, e.g. --config.parallel.data=0 --config.parallel.fsdp={fits} "
+            "--config.parallel.tensor=1"
+        )
+    return data, config.fsdp, config.tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules by which one model lies on it.
+
+    Attributes:
+      mesh: of the axes `MESH_AXES`; an abstract one says where arrays would lie.
+      rules: a column of `RULES`.
+    """
+
+    mesh: Mesh | AbstractMesh
+    rules: str = "default"
+
+    def __post_init__(self) -> None:
+        """Refuses unknown rules."""
+        if self.rules not in RULES:
+            raise ValueError(f"rules {self.rules!r} are none of {', '.join(RULES)}")
+
+    @property
+    def device(self) -> Device:
+        """One of the mesh's devices.
+
+        Raises:
+          ValueError: the mesh is abstract.
+        """
+        if isinstance(self.mesh, AbstractMesh):
+            raise ValueError("an abstract mesh has no devices: it says where arrays would lie, and runs nothing")
+        return self.mesh.devices.flat[0]
+
+    @property
+    def platform(self) -> str:
+        """What kind of device the mesh is made of."""
+        return self.device.platform
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes that a dimension of this name is split over."""
+        return RULES[self.rules].get(name, ())
+
+    def split(self, name: str) -> int:
+        """Into how many parts a dimension of this name is cut."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
+
+    def spec(self, names: Sequence[str | None]) -> P:
+        """The partition of an array whose dimensions have these names (None: kept whole)."""
+        return P(*((self.axes(name) or None) if name else None for name in names))
+
+    def sharding(self, names: Sequence[str | None]) -> NamedSharding:
+        """`spec` on the mesh."""
+        return NamedSharding(self.mesh, self.spec(names))
+
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """Pins an intermediate result of a jitted program to its place."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(names))
+
+    def check(self, name: str, size: int, what: str, remedy: str = "") -> None:
+        """Refuses a dimension that does not split evenly.
+
+        Raises:
+          LayoutError: names the dimension, the mesh axes, and the nearest sizes that work.
+        """
+        parts = self.split(name)
+        if size % parts:
+            axes = " x ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes(name))
+            down = size // parts * parts
+            nearest = f"{down} or {down + parts}" if down else f"{parts}"
+            fitting = ", ".join(str(n) for n in range(1, parts + 1) if size % n == 0)
+            raise LayoutError(
+                f"{what}={size} ({name}) does not split over {axes} (rules {self.rules!r}): the nearest sizes that do are "
+                f"{nearest}; {size} splits into {fitting} parts{'; ' + remedy if remedy else ''}"
+            )
+
+    def replicate(self, tree: Tree) -> Tree:
+        """Copies every array onto all devices of the mesh, by intention."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+
+    def shard_batch(self, batch: Tree) -> Tree:
+        """Splits the leading dimension (rows) of every array.
+
+        Raises:
+          LayoutError: a number of rows that does not divide.
+        """
+        for leaf in jax.tree.leaves(batch):
+            self.check("batch", leaf.shape[0], "rows of a batch", "set --config.<stage>.train.batch_rows")
+        return jax.device_put(batch, self.sharding(("batch",)))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that the first device of each array holds; `tree` has arrays, or abstract arrays with shardings."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * np.dtype(leaf.dtype).itemsize
+    return total
