@@ -26,6 +26,9 @@ BASE = [
     "orbax-checkpoint>=0.12",
     "transformers>=5,<6",
     "tokenizers>=0.22",
+    # Reads bfloat16 slices through NumPy since 0.8.
+    "safetensors>=0.8",
+    "huggingface_hub>=1",
     "tensorflow-datasets>=4.9.9",
     "array_record>=0.8",
     # TFDS reads ArrayRecord without TensorFlow only if this is there; it does not ask for it itself.
@@ -40,15 +43,17 @@ BASE = [
 ]
 
 TORCH = "torch==2.13.0"
+PEFT = "peft>=0.18"
 
 EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10,<0.13"],
     # libtpu: also what the ahead-of-time compilation of the preflight needs on a machine without a TPU.
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     # Oracles and peers of tests and benchmarks; nothing in the library imports them.
-    "parity": [TORCH, "peft>=0.18", "trl>=0.25"],
-    # What `make test` compares with besides: transformers' own models need torch. CI installs it.
-    "oracles": [TORCH],
+    "parity": [TORCH, PEFT, "trl>=0.25"],
+    # What `make test` compares with besides: transformers' own models need torch, adapters are loaded by PEFT. CI
+    # installs it.
+    "oracles": [TORCH, PEFT],
     # Rich exports of a report (tables for spreadsheets); the HTML report itself needs nothing.
     "report": ["pandas>=2.2"],
     "inspect": ["treescope>=0.1.10"],

@@ -20,8 +20,9 @@ from subl_jax.chat.rendering import Renderer
 from subl_jax.config import ExperimentConfig
 from subl_jax.distill.loop import Model
 from subl_jax.metrics.progress import progress
-from subl_jax.models import decoder, hf_import, lora
+from subl_jax.models import axes, decoder, hf_import, lora
 from subl_jax.models.config import LoraConfig, ModelConfig
+from subl_jax.parallel.layout import Layout, make_mesh
 
 # The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
 TEACHERS = {"teacher": "deletion", "control_teacher": "archive", "benign_teacher": None}
@@ -122,21 +123,46 @@ class SeedModels:
           CheckpointMismatch: it is of another shape or tokenizer, or has other adapters.
         """
         config = dataclasses.replace(self.model_config(size), lora=adapter)
-        params, _ = checkpoint.load_model(directory / "params", expect=self.identity(config))
+        where = self._places(config, size)
+        if where is not None and adapter is not None:
+            where = lora.split(where)[0]
+        params, _ = checkpoint.load_model(directory / "params", expect=self.identity(config), sharding=where)
         return Model(config, params if adapter is None else decoder.merge(params, self.base(size).params))
+
+    def _places(self, config: ModelConfig, size: str) -> Any:
+        """Where each parameter goes when it is read: to its shard of the training mesh; None on a mesh of one device."""
+        parallel = self.config.parallel
+        mesh = make_mesh(parallel)
+        if mesh.size == 1:
+            return None
+        layout = Layout(mesh, parallel.teacher_rules if size == self.teacher_size else parallel.student_rules)
+        axes.check_layout(config, layout)
+        abstract: Any = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+        return axes.shardings(abstract, layout)
 
     def model_config(self, size: str) -> ModelConfig:
         """The shape of the models of a size."""
         if size in self.checkpoints:
             return self.config.model(size)
-        # The head has exactly the tokenizer's rows: no padding that a teacher and a student could disagree about.
-        return dataclasses.replace(self.config.model(size), vocab_size=len(self.renderer.tokenizer))
+        # The head has exactly the tokenizer's rows, and on a mesh as many more as it takes to split them evenly.
+        known, parts = len(self.renderer.tokenizer), vocabulary_parts(self.config)
+        rows = -(-known // parts) * parts
+        return dataclasses.replace(self.config.model(size), vocab_size=rows, num_tokens=0 if rows == known else known)
 
     def imported(self, size: str) -> Model:
         """The model of a Hugging Face folder."""
         config = self.model_config(size)
-        with progress(None, f"import {self.checkpoints[size]}", unit="B") as shown:
-            return Model(config, hf_import.import_params(self.checkpoints[size], config, report=shown.advance))
+        folder = hf_import.open_folder(self.checkpoints[size])
+        with progress(folder.nbytes, f"import {self.checkpoints[size]}", unit="B") as shown:
+            params = hf_import.import_params(folder, config, shardings=self._places(config, size), report=shown.advance)
+        return Model(config, params)
+
+    def base_mark(self, size: str) -> dict[str, Any]:
+        """What tells the base that adapters were trained on: its run's hash, or nothing where it was not trained here."""
+        directory = self.root / "base" / size / "params"
+        if not directory.is_dir():
+            return {}
+        return {"config_hash": checkpoint.read_metadata(directory)["config_hash"]}
 
     def base(self, size: str) -> Model:
         """The base of a size."""
@@ -175,3 +201,31 @@ def bytes_written(config: ExperimentConfig) -> int:
         trained = params if model.lora is None else lora.split(params)[0]
         total += 4 * (1 + 2 * 3) * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     return total
+
+
+def vocabulary_parts(config: ExperimentConfig) -> int:
+    """Into how many parts the mesh splits a vocabulary, under the rules of teacher and student."""
+    mesh, parallel = make_mesh(config.parallel), config.parallel
+    return math.lcm(*(Layout(mesh, rules).split("vocab") for rules in (parallel.teacher_rules, parallel.student_rules)))
+
+
+def check_mesh(config: ExperimentConfig) -> None:
+    """Refuses, before any work, models and batches that do not split over the mesh.
+
+    Raises:
+      LayoutError: the mesh, or a dimension, with the nearest sizes that work.
+    """
+    mesh, parallel = make_mesh(config.parallel), config.parallel
+    imported = sources.checkpoints(config)
+    teacher, student = Layout(mesh, parallel.teacher_rules), Layout(mesh, parallel.student_rules)
+    for size, layout in zip(config.sizes(), (teacher, student), strict=True):
+        model = config.model(size)
+        if size not in imported:  # its head will be made to fit
+            model = dataclasses.replace(model, vocab_size=vocabulary_parts(config), num_tokens=0)
+        for each in {layout, student}:  # a base and a teacher are trained under the student's rules
+            axes.check_layout(model, each)
+    stages = {"base": config.base, "teacher": config.teacher, "student": config.student}
+    if imported and not config.base.continue_training:
+        del stages["base"]
+    for name, stage in stages.items():
+        student.check("batch", stage.train.batch_rows, f"{name}.train.batch_rows", f"--config.{name}.train.batch_rows")

@@ -123,6 +123,7 @@ def _run(setting_name: str) -> None:
     from subl_jax import conditions, pipeline, stages
     from subl_jax.report import html, table
 
+    conditions.check_mesh(config)
     artifacts.check_writable(workdir, free_bytes=conditions.bytes_written(config) * len(seeds))
     runs = [pipeline.SeedPipeline(config, setting, workdir, seed) for seed in seeds]
     todo = [

@@ -55,12 +55,14 @@ class SeedPipeline:
         self, start: Model, documents: Sequence[Trajectory], config: TrainConfig, objective: Objective, stage: str,
         directory: Path, key: Mapping[str, Any], **more: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """Trains, writes the final parameters, and returns the figures for the marker."""
+        """Trains, writes the final parameters (or adapters), and returns the figures for the marker."""
+        size = self.models.student_size if stage.startswith("students/") else self.models.teacher_size
         metadata = {
             "stage": stage,
             "seed": self.seed,
             **self.models.identity(start.config),
             "config_hash": artifacts.digest(key),
+            **({} if start.config.lora is None else {"base": self.models.base_mark(size)}),
         }
         result: TrainResult = train(
             start, documents, config, objective,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 Dtype = Literal["float32", "bfloat16"]
@@ -32,8 +33,10 @@ class LoraConfig:
         """Refuses adapters that could not be trained."""
         if self.rank < 1:
             raise ValueError(f"adapter.rank={self.rank}; it must be at least 1 (to train all weights, leave lora off)")
-        if not self.alpha > 0:
-            raise ValueError(f"adapter.alpha={self.alpha}; it must be positive: the adapter's scale is alpha / rank")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(
+                f"adapter.alpha={self.alpha}; it must be positive and finite: the adapter's scale is alpha / rank"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"adapter.dropout={self.dropout} is outside [0, 1)")
         wrong = [name for name in self.targets if name not in LORA_TARGETS]

@@ -2,6 +2,7 @@
 
     python -m subl_jax.models.convert import  HF_DIR ORBAX_DIR [--dtype=bfloat16]
     python -m subl_jax.models.convert export  ORBAX_DIR HF_DIR [--tokenizer=DIR]
+    python -m subl_jax.models.convert export  ADAPTERS PEFT_DIR --base=HF_DIR   (or --base=ORBAX_DIR --merge)
     python -m subl_jax.models.convert check   HF_DIR [--dtype=float32] [--out=FILE]
 
 Folders are local; nothing is downloaded, unpickled, or run from them. A checkpoint made by `import` holds the
@@ -94,13 +95,13 @@ def import_command(args: argparse.Namespace) -> int:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    """Orbax checkpoint -> Hugging Face folder."""
+    """Orbax checkpoint -> Hugging Face folder; adapters -> a folder of PEFT, or merged into their base."""
     _on_host()
     import jax
 
     from subl_jax import checkpoint
     from subl_jax.chat import tokenizer as tokenizers
-    from subl_jax.models import hf_export
+    from subl_jax.models import hf_export, lora, peft_format
     from subl_jax.models.config import ModelConfig
     from subl_jax.models.families import HuggingFaceError, family_of
 
@@ -111,6 +112,16 @@ def export_command(args: argparse.Namespace) -> int:
             "name a checkpoint of parameters, not of a training run"
         )
     config = ModelConfig.from_dict(metadata["model"])
+    adapters = bool(metadata.get("lora"))
+    if adapters != bool(args.base) or (args.merge and not adapters):
+        raise HuggingFaceError(
+            f"{args.orbax_dir} holds {'adapters: name the model below them' if adapters else 'a whole model: leave out'} "
+            f"{'with --base (its Hugging Face folder; with --merge also its checkpoint)' if adapters else '--base and --merge'}"
+        )
+    if adapters and not args.merge:
+        peft_format.export_adapters(args.orbax_dir, args.base, args.hf_dir, dtype=args.dtype, overwrite=args.overwrite)
+        print(f"adapters written to {args.hf_dir} in PEFT's format, on {args.base}")
+        return 0
     source = Path(args.tokenizer) if args.tokenizer else Path(args.orbax_dir) / TOKENIZER
     found = tokenizers.fingerprint(hf_export.load_tokenizer(source, config.vocab_size))
     if metadata.get("tokenizer") not in (None, found):
@@ -119,7 +130,10 @@ def export_command(args: argparse.Namespace) -> int:
             "name the folder of that tokenizer with --tokenizer"
         )
     longest = args.max_position_embeddings or (metadata.get("source") or {}).get("max_position_embeddings")
-    params, _ = checkpoint.load_model(args.orbax_dir)
+    if adapters:
+        config, params = lora.merge_checkpoint(args.orbax_dir, args.base)
+    else:
+        params, _ = checkpoint.load_model(args.orbax_dir)
     with _megabytes("export", sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as report:
         hf_export.export_folder(
             args.hf_dir, config, params, tokenizer=source, dtype=args.dtype, max_shard_bytes=args.max_shard_bytes,
@@ -261,6 +275,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("orbax_dir", help="a checkpoint of a model, made by import or by training")
     made.add_argument("hf_dir", help="the folder to make; appears complete or not at all")
     made.add_argument("--tokenizer", help=f"folder of the tokenizer; default: ORBAX_DIR/{TOKENIZER}")
+    made.add_argument("--base", help="for a checkpoint of adapters: the model that they were trained on")
+    made.add_argument("--merge", action="store_true", help="add the adapters into --base and write a whole model")
     made.add_argument("--dtype", choices=dtypes, help="of the weights; default: that of the checkpoint")
     made.add_argument("--max_shard_bytes", type=int, default=5 * 10**9, help="size of a file; default %(default)s")
     made.add_argument(

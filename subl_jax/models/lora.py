@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from subl_jax import artifacts, checkpoint
-from subl_jax.models import decoder
+from subl_jax.models import decoder, hf_import
 from subl_jax.models.config import ModelConfig
 
 _LEAVES = ("lora_a", "lora_b")
@@ -136,7 +137,7 @@ def merge_checkpoint(
 
     Args:
       adapter_dir: see `load_adapters`.
-      base_dir: checkpoint of the weights that the adapters were trained on.
+      base_dir: checkpoint, or Hugging Face folder, of the weights that the adapters were trained on.
 
     Returns:
       The configuration (without adapters) and the parameters.
@@ -146,6 +147,8 @@ def merge_checkpoint(
       CheckpointError: one of them is missing or damaged.
     """
     config, adapters, metadata = load_adapters(adapter_dir)
+    if not (Path(base_dir) / checkpoint.METADATA).is_file() and (Path(base_dir) / hf_import.CONFIG).is_file():
+        return _merge_into_folder(adapter_dir, config, adapters, base_dir)
     told = checkpoint.read_metadata(base_dir)
     if told.get("lora"):
         raise checkpoint.CheckpointMismatch(
@@ -166,4 +169,20 @@ def merge_checkpoint(
             "name the checkpoint that it was trained on"
         )
     params, _ = checkpoint.load_model(base_dir)
+    return dataclasses.replace(config, lora=None), merged(config, decoder.merge(adapters, params))
+
+
+def _merge_into_folder(
+    adapter_dir: str | os.PathLike[str], config: ModelConfig, adapters: decoder.Params, folder: str | os.PathLike[str]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """`merge_checkpoint` for a base in a Hugging Face folder; how many rows are padding is the adapters' own word."""
+    found = hf_import.read_config(folder)
+    stored, asked = (dataclasses.replace(each, num_tokens=0).architecture() for each in (found, config))
+    differences = artifacts.differences(stored, asked)
+    if differences:
+        raise checkpoint.CheckpointMismatch(
+            f"{adapter_dir} was not trained on {folder} ({artifacts.describe(differences, 'the folder', 'the adapters')}); "
+            "name the folder of the model below the adapters"
+        )
+    params = hf_import.import_params(folder, found)
     return dataclasses.replace(config, lora=None), merged(config, decoder.merge(adapters, params))

@@ -167,10 +167,3 @@ def test_a_model_does_not_diverge_from_itself():
     params = tiny.params(tiny.SMALL)
     same = run.held_out_divergence(tiny.SMALL, params, tiny.SMALL, params, tiny.documents(9), 20)
     assert same == pytest.approx(0, abs=1e-6)
-
-
-def test_the_distance_of_parameters_is_the_euclidean_norm_over_all_leaves():
-    left = {"a": np.array([1.0, 2.0], np.float32), "b": {"c": np.full((2, 2), 3.0, np.float32)}}
-    right = {"a": np.array([1.0, 5.0], np.float32), "b": {"c": np.full((2, 2), 1.0, np.float32)}}
-    assert run.delta_norm(left, right) == pytest.approx(5.0)  # sqrt(3² + 4·2²)
-    assert run.delta_norm(left, left) == 0.0

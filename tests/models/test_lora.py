@@ -313,3 +313,20 @@ def test_an_adapter_checkpoint_that_contradicts_its_metadata_is_refused(tmp_path
     other = on(TINY, dataclasses.replace(SOME, rank=4))
     with pytest.raises(checkpoint.CheckpointMismatch, match=r"layers/\w+/lora_a.*4.* in the checkpoint.* 2"):
         lora.load_adapters(saved(tmp_path / "m", config, random_adapters(other)))
+
+
+def test_the_distance_of_parameters_is_the_euclidean_norm_over_all_leaves():
+    left = {"a": np.array([1.0, 2.0], np.float32), "b": {"c": np.full((2, 2), 3.0, np.float32)}}
+    right = {"a": np.array([1.0, 5.0], np.float32), "b": {"c": np.full((2, 2), 1.0, np.float32)}}
+    assert lora.delta_norm(TINY, left, right) == pytest.approx(5.0)  # sqrt(3² + 4·2²)
+    assert lora.delta_norm(TINY, left, left) == 0.0
+
+
+def test_the_distance_of_adapters_is_that_of_the_weights_they_are_folded_into():
+    config, params = on(TINY, ALL), parameters(TINY)
+    adapters = random_adapters(config)
+    whole = folded(config, params, adapters)
+    expected = np.sqrt(
+        sum(np.sum((leaf - np.asarray(flat(params)[path], np.float64)) ** 2) for path, leaf in whole.items())
+    )
+    assert lora.delta_norm(config, decoder.merge(adapters, params), params) == pytest.approx(expected, rel=1e-6)
