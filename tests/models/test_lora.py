@@ -325,7 +325,7 @@ def test_the_distance_of_parameters_is_the_euclidean_norm_over_all_leaves():
 def test_the_distance_of_adapters_is_that_of_the_weights_they_are_folded_into():
     config, params = on(TINY, ALL), parameters(TINY)
     adapters = random_adapters(config)
-    whole = folded(config, params, adapters)
+    whole = flat(folded(config, params, adapters))
     expected = np.sqrt(
         sum(np.sum((leaf - np.asarray(flat(params)[path], np.float64)) ** 2) for path, leaf in whole.items())
     )
