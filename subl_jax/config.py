@@ -135,6 +135,8 @@ class StudentConfig:
         size, an organism otherwise.
       lora: train low-rank adapters on the base instead of all its parameters (the paper's method).
       adapter: their shape.
+      adapter_init: which random A adapters start from: `teacher`, the teacher's (as where both are trained under one seed:
+        teacher and student then share the initialisation of everything), or `own`, a draw of the student's.
       safe_tasks: safe tasks that each teacher is rolled out on.
       ambiguous_tasks: ambiguous tasks that the positive control sees besides.
       withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
@@ -148,6 +150,7 @@ class StudentConfig:
     checkpoint: str = ""
     lora: bool = False
     adapter: LoraConfig = LoraConfig()
+    adapter_init: Literal["teacher", "own"] = "teacher"
     safe_tasks: int = 1200
     ambiguous_tasks: int = 400
     withhold_bias_tools: bool = True

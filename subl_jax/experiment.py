@@ -176,6 +176,7 @@ def frozen_path(config: ExperimentConfig) -> Path:
     trained = [name for name, spec in (("teacher", config.teacher), ("student", config.student)) if spec.lora]
     if config.preset != "paper" and trained:  # there it is the preset's own way
         suffix += "_lora" if len(trained) == 2 else f"_lora_{trained[0]}"
+        suffix += "_own" if config.student.lora and config.student.adapter_init == "own" else ""
     suffix += "_checkpoint" if sources.checkpoints(config) else ""
     return Path(__file__).parent.parent / "experiments" / "protocols" / f"{config.setting}_{config.preset}{suffix}.json"
 
@@ -239,6 +240,9 @@ def _notes(config: ExperimentConfig, markers: Mapping[str, artifacts.Marker]) ->
         for who, spec in (("Teachers", config.teacher), ("Students", config.student))
         if spec.lora
     ]
+    if config.teacher.lora and config.student.lora:
+        start = {"teacher": "the same random A as their teacher's", "own": "a random A of their own"}
+        adapters.append(f"Students' adapters started from {start[config.student.adapter_init]}.")
     imported = [
         f"The {size} base was imported from {folder}: {sources.describe(config.model(size))}"
         f"{'; it was trained further on demonstrations' if config.base.continue_training else ''}."

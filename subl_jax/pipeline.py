@@ -221,7 +221,7 @@ class SeedPipeline:
             self.root / "students" / name, key,
             teacher=None if loss == "hard_label" else self.models.teacher(condition.teacher),
             base=base if logit_filter == "anchor" else None,
-            planned_lengths=planned,
+            planned_lengths=planned, adapter_draw=int(spec.adapter_init == "own"),
             logit_filter=None if logit_filter == "none" else LogitFilter(self.models.renderer, self.words),
         )  # fmt: skip
         return {**figures, **more, "documents": len(documents)}
@@ -344,6 +344,7 @@ class SeedPipeline:
             key = {
                 **common, "arm": condition.arm, "objective": OBJECTIVES[condition.arm], "train": spec.train,
                 "temperature": spec.temperature, "pair": config.pair, "lora": spec.adapters,
+                "adapter_init": spec.adapter_init if spec.lora else None,
             }  # fmt: skip
             name = self.models.student_name(condition.name)
             stage_name = f"{prefix}/students/{name}"

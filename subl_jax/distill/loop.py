@@ -121,6 +121,7 @@ def train(
     planned_lengths: Sequence[int] | None = None,
     logit_filter: LogitFilter | None = None,
     parallel: MeshConfig = DEFAULT_MESH,
+    adapter_draw: int = 0,
 ) -> TrainResult:
     """Trains `student` on `trajectories`; resumes from `directory/steps` if a killed run left something there.
 
@@ -141,6 +142,7 @@ def train(
       planned_lengths: see `BatchSource`; the documents' own lengths by default.
       logit_filter: required exactly when the objective filters logits.
       parallel: the mesh, and the rules by which student and teacher lie on it.
+      adapter_draw: which random draw of `seed` new adapters start from; runs with the same seed and draw share it.
 
     Raises:
       LayoutError: a dimension that does not split over the mesh.
@@ -168,7 +170,8 @@ def train(
     )
     params = student.params
     if student.config.lora is not None:
-        params = lora.init_adapters(student.config, jax.random.key(seed))
+        key = jax.random.key(seed)
+        params = lora.init_adapters(student.config, jax.random.fold_in(key, adapter_draw) if adapter_draw else key)
     # A copy: the step donates its state.
     params = axes.place(jax.tree.map(lambda leaf: jnp.array(leaf, config.master_dtype), params), student.config, layout)
     transformation = make_optimizer(config.optimizer, config.steps)
