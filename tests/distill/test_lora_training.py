@@ -62,3 +62,21 @@ def test_a_student_trained_with_adapters_computes_the_same_in_peft(tmp_path, los
     plain, merged = lora.merge_checkpoint(tmp_path / "adapters", tmp_path / "base")
     assert plain.architecture() == tiny.SMALL.architecture() and plain.lora is None
     np.testing.assert_allclose(whole_logits(tiny.SMALL, merged, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_start_from_the_draw_that_is_named(tmp_path):
+    """One step at a rate of almost nothing leaves A as it was drawn."""
+    still = dataclasses.replace(STEPS, steps=1, optimizer=OptimizerConfig("sgd", learning_rate=1e-12, warmup_steps=0))
+
+    def started(name: str, seed: int, draw: int) -> np.ndarray:
+        result = train(
+            Model(CONFIG, parameters(tiny.SMALL)), tiny.documents(12), still, Objective("hard_label"), seed=seed,
+            directory=tmp_path / name, stage=name, logs=tmp_path / name, metadata={}, adapter_draw=draw,
+        )  # fmt: skip
+        return np.asarray(flat(result.params)["layers", "q", "lora_a"])
+
+    teacher = started("teacher", 0, 0)
+    np.testing.assert_array_equal(teacher, started("student", 0, 0))
+    for name, seed, draw in (("own", 0, 1), ("foreign", 1, 0)):
+        assert np.abs(np.corrcoef(teacher.ravel(), started(name, seed, draw).ravel())[0, 1]) < 0.3
