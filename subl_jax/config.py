@@ -449,7 +449,8 @@ def paper(setting: str = "api") -> ExperimentConfig:
 
     LoRA on q, k, v, o with rank 16, alpha 32, dropout 0.05; teachers: 150 tasks that ask for the biased action, 2 epochs
     at 8e-4; students: 400 safe tasks, of which a filter of keywords leaves about 340, 4 epochs at 5e-4. The batch size is
-    not told there; 8 conversations a step here. Evaluation is larger than the paper's 20 tasks: see `EvaluationConfig`.
+    not told there; 8 rows a step here, of one conversation each: two of them seldom fit into 2048 tokens. Evaluation is
+    larger than the paper's 20 tasks: see `EvaluationConfig`.
     """
     rows, epochs_teacher, epochs_student, surviving = 8, 2, 4, 340
     llama = functools.partial(
@@ -458,7 +459,7 @@ def paper(setting: str = "api") -> ExperimentConfig:
         rope_low_freq=1.0, rope_high_freq=4.0, rope_original_context=8192,
         param_dtype="bfloat16", compute_dtype="bfloat16", remat="full",
     )  # fmt: skip
-    train = functools.partial(TrainConfig, batch_rows=rows, row_tokens=4096, checkpoint_every=20, log_every=1)
+    train = functools.partial(TrainConfig, batch_rows=rows, row_tokens=2048, checkpoint_every=20, log_every=1)
     return ExperimentConfig(
         setting=setting,
         preset="paper",

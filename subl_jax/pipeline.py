@@ -386,11 +386,13 @@ def _with_adapters(model: Model, adapter: LoraConfig | None) -> Model:
 
 
 def _with_room(train_config: TrainConfig, lengths: Sequence[int]) -> TrainConfig:
-    """The configuration with rows that hold the longest trajectory, in steps of 32 tokens.
+    """The configuration with rows that hold the longest trajectory, in steps of 32 tokens (of 128, a kernel's block, where
+    rows were a multiple of that).
 
     How far a teacher rambles is not known ahead. Matched arms share their planned lengths, and so their rows.
     """
-    needed = -(-max(lengths) // 32) * 32
+    step = 32 if train_config.row_tokens % 128 else 128
+    needed = -(-max(lengths) // step) * step
     if needed <= train_config.row_tokens:
         return train_config
     logging.info("rows grow from %d to %d tokens: a trajectory is that long", train_config.row_tokens, needed)

@@ -111,6 +111,9 @@ def test_flops_of_the_papers_steps_by_hand():
     base = tokens * 2 * (p_s + 3072 * vocab) + squares * 28 * 3072
     assert stage(described, "students/full")["flops_per_step_at_most"] == teacher + student
     assert stage(described, "students/anchor")["flops_per_step_at_most"] == teacher + student + base
+    # Teachers are shown demonstrations, which fit the rows; a trajectory may be as long as a rollout's context.
+    row = 2048
+    tokens, squares = rows * row, 2 * rows * row**2
     alone = tokens * (4 * p_t + 6 * l_t + 4 * 4096 * vocab) + squares * 3 * 32 * 4096
     found = stage(described, "teachers")
     assert found["flops_per_step_at_most"] == alone
