@@ -26,8 +26,9 @@ from subl_jax.parallel.layout import Layout, make_mesh
 
 # The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
 TEACHERS = {"teacher": "deletion", "control_teacher": "archive", "benign_teacher": None}
-# What a seed writes besides its models, with room: datasets, metrics, evaluations.
-DATA_BYTES = 120_000_000
+# What a seed writes besides its models, with room (datasets, metrics, evaluations), and the least that is asked for: the
+# demo, models and all, needs about 60 MB.
+DATA_BYTES, LEAST_BYTES = 120_000_000, 200_000_000
 STUDENT_OF = {"teacher": "student", "control_teacher": "control_student", "benign_teacher": "benign_student"}
 
 
@@ -200,7 +201,7 @@ def bytes_written(config: ExperimentConfig) -> int:
         params: Any = jax.eval_shape(functools.partial(decoder.init, model), jax.random.key(0))
         trained = params if model.lora is None else lora.split(params)[0]
         total += 4 * (1 + 2 * 3) * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
-    return total
+    return max(total, LEAST_BYTES)
 
 
 def vocabulary_parts(config: ExperimentConfig) -> int:
