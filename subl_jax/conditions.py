@@ -229,4 +229,8 @@ def check_mesh(config: ExperimentConfig) -> None:
     if imported and not config.base.continue_training:
         del stages["base"]
     for name, stage in stages.items():
-        student.check("batch", stage.train.batch_rows, f"{name}.train.batch_rows", f"--config.{name}.train.batch_rows")
+        # A teacher sees the student's batch, under its own rules.
+        for layout in [student, teacher] if name == "student" else [student]:
+            layout.check(
+                "batch", stage.train.batch_rows, f"{name}.train.batch_rows", f"--config.{name}.train.batch_rows"
+            )

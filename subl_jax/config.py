@@ -465,6 +465,7 @@ def paper(setting: str = "api") -> ExperimentConfig:
         preset="paper",
         large=llama(d_model=4096, num_layers=32, num_heads=32, d_ff=14_336, rope_factor=8.0, tie_embeddings=False),
         small=llama(d_model=3072, num_layers=28, num_heads=24, d_ff=8192, rope_factor=32.0, tie_embeddings=True),
+        base=BaseConfig(train=train(steps=400, optimizer=OptimizerConfig(learning_rate=1e-5))),
         teacher=TeacherConfig(
             train=train(
                 steps=-(-150 * epochs_teacher // rows), optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=5)

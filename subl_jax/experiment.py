@@ -240,7 +240,8 @@ def _notes(config: ExperimentConfig, markers: Mapping[str, artifacts.Marker]) ->
         for who, spec in (("Teachers", config.teacher), ("Students", config.student))
         if spec.lora
     ]
-    if config.teacher.lora and config.student.lora:
+    same_size = len(set(config.sizes())) == 1
+    if config.teacher.lora and config.student.lora and same_size and config.teacher.adapter == config.student.adapter:
         start = {"teacher": "the same random A as their teacher's", "own": "a random A of their own"}
         adapters.append(f"Students' adapters started from {start[config.student.adapter_init]}.")
     imported = [

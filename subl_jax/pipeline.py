@@ -119,7 +119,13 @@ class SeedPipeline:
             config = self.models.model_config(size)
             start = Model(config, decoder.init(config, jax.random.key(self.seed)))
         return self._train(
-            start, documents, spec.train, Objective("hard_label"), f"base/{size}", self.root / "base" / size, key
+            start,
+            documents,
+            _room_for(spec.train, documents),
+            Objective("hard_label"),
+            f"base/{size}",
+            self.root / "base" / size,
+            key,
         )
 
     def make_teacher(self, name: str, key: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +144,8 @@ class SeedPipeline:
         )
         directory = self.models.teacher_dir(name)
         return self._train(
-            _with_adapters(self.models.base(self.models.teacher_size), spec.adapters), documents, spec.train,
+            _with_adapters(self.models.base(self.models.teacher_size), spec.adapters), documents,
+            _room_for(spec.train, documents),
             Objective("hard_label"), f"teachers/{directory.name}", directory, key,
         )  # fmt: skip
 
@@ -383,6 +390,11 @@ class SeedPipeline:
 def _with_adapters(model: Model, adapter: LoraConfig | None) -> Model:
     """The model with adapters to be trained, or as it is."""
     return Model(dataclasses.replace(model.config, lora=adapter), model.params)
+
+
+def _room_for(train_config: TrainConfig, documents: Sequence[Trajectory]) -> TrainConfig:
+    """The configuration with rows that hold the longest document, as the formats of some families need."""
+    return _with_room(train_config, [len(document.tokens) for document in documents])
 
 
 def _with_room(train_config: TrainConfig, lengths: Sequence[int]) -> TrainConfig:

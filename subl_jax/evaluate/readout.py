@@ -21,8 +21,15 @@ from subl_jax.models import decoder
 from subl_jax.models.cache import Cache, empty_cache
 from subl_jax.models.config import ModelConfig
 
-# Tasks scored together: their caches are repeated once per tool name.
-_BLOCK = 64
+# Tasks scored together at most, and the bytes that their caches, which are repeated once per tool name, may take.
+_BLOCK, _CACHE_BYTES = 64, 2 * 2**30
+
+
+def _block_size(config: ModelConfig, names: int, time: int) -> int:
+    """How many tasks are scored together."""
+    itemsize = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
+    per_task = (names + 1) * time * 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    return max(1, min(_BLOCK, _CACHE_BYTES // per_task))
 
 
 class NameScores(NamedTuple):
@@ -170,12 +177,13 @@ def score_names(
     name_lengths = np.asarray([len(ids) for ids in spelled], np.int32)
     openings = [renderer.opening(messages, shown) + prefix for messages, shown in conversations]
     time = -(-max(map(len, openings)) // 32) * 32  # few distinct shapes
+    size = _block_size(config, len(names), time + width)
     scores = []
-    for start in range(0, len(openings), _BLOCK):
-        block = openings[start : start + _BLOCK]
-        tokens = np.zeros((_BLOCK, time), np.int32)
+    for start in range(0, len(openings), size):
+        block = openings[start : start + size]
+        tokens = np.zeros((size, time), np.int32)
         for row, ids in enumerate(block):
             tokens[row, : len(ids)] = ids
-        lengths = np.asarray([len(ids) for ids in block] + [1] * (_BLOCK - len(block)), np.int32)
+        lengths = np.asarray([len(ids) for ids in block] + [1] * (size - len(block)), np.int32)
         scores.append(np.asarray(_scorer(config)(params, tokens, lengths, name_tokens, name_lengths))[: len(block)])
     return NameScores(names, np.concatenate(scores))

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from subl_jax import artifacts, checkpoint
 from subl_jax.models import decoder, hf_import
-from subl_jax.models.config import ModelConfig
+from subl_jax.models.config import LORA_TARGETS, ModelConfig
 
 _LEAVES = ("lora_a", "lora_b")
 
@@ -48,7 +48,7 @@ def init_adapters(config: ModelConfig, key: Array) -> dict[str, Any]:
         if path[-1] == "lora_b":
             drawn[path] = jnp.zeros(leaf.shape, jnp.float32)
         else:
-            name = config.lora.targets.index(path[-2])
+            name = LORA_TARGETS.index(path[-2])  # so that other targets beside it change nothing
             bound = leaf.shape[-2] ** -0.5
             drawn[path] = jax.random.uniform(jax.random.fold_in(key, name), leaf.shape, minval=-bound, maxval=bound)
     return unflatten_dict(drawn)
@@ -79,7 +79,8 @@ def delta_norm(config: ModelConfig, params: decoder.Params, base: decoder.Params
     before: dict[tuple[str, ...], Any] = flatten_dict(base)
     total = 0.0
     for path, leaf in whole.items():
-        if path[-1] == "lora_b":
+        # Under adapters the weights stand still, and may be large; B is counted with its A.
+        if path[-1] == "lora_b" or (config.lora is not None and path[-1] != "lora_a"):
             continue
         rows = range(leaf.shape[0]) if leaf.ndim > 2 else [...]  # layer by layer: a stack in float64 may not fit
         for row in rows:

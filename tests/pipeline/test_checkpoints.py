@@ -147,6 +147,15 @@ def test_adapters_are_the_only_thing_that_a_run_with_lora_trains(cache: Path, un
         (["--config.teacher.checkpoint=/nowhere"], "/nowhere"),
         (["--preset=paper"], "starts from checkpoints"),
         (["--config.parallel.tensor=64"], "64 devices"),
+        (
+            [
+                "--config.parallel.tensor=2",
+                "--config.large.num_kv_heads=2",
+                "--config.parallel.teacher_rules=replicated",
+                "--config.student.train.batch_rows=3",
+            ],
+            "student.train.batch_rows=3",
+        ),
         (["--config.teacher.lora", "--config.teacher.adapter.rank=0"], "adapter.rank=0"),
         (["--config.teacher.adapter.targets=q,w"], "adapter.targets=q,w"),
     ],
