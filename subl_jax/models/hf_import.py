@@ -68,14 +68,15 @@ class Folder:
         """Bytes of the tensors that are read."""
         return sum(
             math.prod(tensor.shape) * jnp.dtype(DTYPES[tensor.dtype]).itemsize
-            for tensor in self.tensors.values()
-            if tensor.dtype in DTYPES
+            for name, tensor in self.tensors.items()
+            if tensor.dtype in DTYPES and not _ignored(name)
         )
 
     @property
     def dtype(self) -> str:
         """The narrowest of float32 and bfloat16 that holds every value of the files."""
-        return "bfloat16" if all(tensor.dtype == "BF16" for tensor in self.tensors.values()) else "float32"
+        read = (tensor for name, tensor in self.tensors.items() if not _ignored(name))
+        return "bfloat16" if all(tensor.dtype == "BF16" for tensor in read) else "float32"
 
 
 # --- What the folder holds --------------------------------------------------------------------------------------------
