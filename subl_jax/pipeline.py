@@ -31,7 +31,9 @@ from subl_jax.evaluate import run as evaluation
 from subl_jax.metrics.progress import progress
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import LoraConfig
-from subl_jax.rollout.engine import Episode, RolloutStatistics, rollout
+from subl_jax.rollout.conversation import Episode
+from subl_jax.rollout.engine import rollout
+from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.settings import audit
 from subl_jax.settings.interface import Setting, Task
 from subl_jax.stages import Stage

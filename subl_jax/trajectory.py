@@ -14,8 +14,12 @@ from jaxtyping import Bool, Float, Int
 from subl_jax.chat.messages import Message, ToolSchema
 
 # final: the assistant finished. truncated: a turn hit its token limit. unparseable: a turn held no well-formed call.
-# turn_limit / length_limit: the episode ran out of turns or of context.
-Status = Literal["final", "truncated", "unparseable", "turn_limit", "length_limit"]
+# turn_limit / length_limit: the episode ran out of turns or of context. tool_error: its environment raised, or returned
+# too much or no text. tool_timeout: its environment hung.
+Status = Literal["final", "truncated", "unparseable", "turn_limit", "length_limit", "tool_error", "tool_timeout"]
+
+# The episode failed in its environment, through no fault of the policy. Only such an episode may have no tokens.
+FAILED: tuple[Status, ...] = ("tool_error", "tool_timeout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Trajectory:
       tools: JSON schemas shown in the system turn.
       status: how the episode ended.
       done: whether the task's predicate held at the end (utility).
+      error: one line saying why the episode failed in its environment; empty for every other.
     """
 
     episode: int
@@ -45,3 +50,4 @@ class Trajectory:
     tools: list[ToolSchema]
     status: Status
     done: bool
+    error: str = ""

@@ -40,6 +40,7 @@ class Family:
       signs: texts in the template's source that tell the family; all must be there.
       markers: added tokens that the format stands on.
       end: the end-of-turn marker, the last token that the assistant writes.
+      other_ends: markers that end a sampled turn too, though the template never writes them.
       gap: what stands between a turn's end and the next turn.
       prompt: what opens an assistant's turn.
       turn: an assistant message -> its text, without the end. `hide` is applied to all text that is not the format's.
@@ -58,6 +59,7 @@ class Family:
     added: Callable[[Sequence[Message], Hide], str]
     parse: Callable[[str], Message]
     tools_in_user_turn: bool = False
+    other_ends: tuple[str, ...] = ()
 
 
 def _call(call: ToolCall, arguments: str, hide: Hide) -> str:
@@ -109,6 +111,7 @@ LLAMA = Family(
     added=_llama_added,
     parse=parsing.parse_bare,
     tools_in_user_turn=True,
+    other_ends=("<|eom_id|>",),  # "end of message": a call was written, and its result is waited for
 )
 
 # --- Qwen 2.5 and Qwen 3 ------------------------------------------------------------------------------------------------
@@ -233,6 +236,8 @@ class FamilyRenderer(Renderer):
                 f"{family.end!r} ({family.name}); a sampled turn could never end there; set the tokenizer's eos_token to "
                 "the template's end-of-turn marker (a base model's is another one; instruct models have it right)"
             )
+        known = [marker for marker in family.other_ends if marker in self._markers]
+        self.end_ids = (self.end_id, *(int(tokenizer.convert_tokens_to_ids(marker)) for marker in known))
         self._verify()
 
     def _verify(self) -> None:

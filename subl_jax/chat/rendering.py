@@ -60,7 +60,8 @@ class Renderer:
 
     Attributes:
       tokenizer: any Hugging Face tokenizer with a chat template.
-      end_id: the id that ends an assistant turn (the tokenizer's eos).
+      end_id: the id that ends an assistant turn (the tokenizer's eos), as templates write it.
+      end_ids: all that do; some families end a turn that calls a tool with a marker of its own.
     """
 
     # What templates are told besides the conversation; those that do not ask are not concerned.
@@ -71,6 +72,7 @@ class Renderer:
             raise ValueError("the tokenizer has no eos token; an assistant turn could never end")
         self.tokenizer = tokenizer
         self.end_id = int(cast(int, tokenizer.eos_token_id))
+        self.end_ids: tuple[int, ...] = (self.end_id,)
         self._end_text = str(tokenizer.eos_token)
 
     def encode(self, text: str) -> list[int]:
@@ -227,7 +229,7 @@ class Renderer:
     def parse(self, ids: Sequence[int]) -> Message:
         """The assistant message that sampled ids spell; see `parsing` for what makes a turn `unparseable`."""
         ids = list(ids)
-        return self._parse_text(self.decode(ids[:-1] if ids and ids[-1] == self.end_id else ids))
+        return self._parse_text(self.decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids))
 
     def _parse_text(self, text: str) -> Message:
         return parsing.parse_tagged(text)

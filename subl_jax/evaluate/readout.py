@@ -135,7 +135,7 @@ def _scorer(config: ModelConfig):
         assert cache is not None
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [tasks, 1, d]
         cache = Cache(
-            jnp.repeat(cache.keys, names, axis=1), jnp.repeat(cache.values, names, axis=1), jnp.repeat(lengths, names)
+            *jax.tree.map(lambda buffer: jnp.repeat(buffer, names, axis=0), cache[:2]), jnp.repeat(lengths, names)
         )
         tokens = jnp.tile(spelled, (tasks, 1))  # [tasks * names, width]
         places = cache.lengths[:, None] + jnp.arange(width)

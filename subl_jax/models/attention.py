@@ -51,11 +51,6 @@ def packed_mask(segments: Int[Array, "batch time"]) -> Bool[Array, "batch time t
     return causal & (segments[:, :, None] == segments[:, None, :])
 
 
-def cached_mask(query_positions: Int[Array, "batch time"], capacity: int) -> Bool[Array, "batch time capacity"]:
-    """A query at position p sees cache entries 0..p of its own slot."""
-    return jnp.arange(capacity) <= query_positions[:, :, None]
-
-
 def attend(
     queries: Float[Array, "batch time heads dim"],
     keys: Float[Array, "batch source kv_heads dim"],
@@ -70,3 +65,70 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(batch, time, heads, dim)
+
+
+# Keys that attention to a cache reads at a time. Capacities up to two blocks are read whole: measured on two cores at a
+# capacity of 192 and 16 slots, a loop over blocks made a decode step half again as long as reading everything did.
+BLOCK = 256
+
+
+def attend_cached(
+    queries: Float[Array, "batch time heads dim"],
+    keys: Float[Array, "batch kv_heads dim capacity"],
+    values: Float[Array, "batch kv_heads capacity dim"],
+    positions: Int[Array, "batch time"],
+    window: Int[Array, ""] | None,
+) -> Float[Array, "batch time heads dim"]:
+    """Softmax attention to a cache, with `attend`'s conventions: a query at position p sees entries 0..p of its slot.
+
+    A long cache is read in blocks up to the longest slot (online softmax, Milakov and Gimelshein 1805.02867). A block that
+    lies beyond a slot's own length changes nothing of its result, to the bit: floats do not depend on the neighbours.
+
+    Args:
+      queries: of the new tokens, whose keys and values are in the cache already.
+      keys, values: one layer of the cache.
+      positions: of the queries.
+      window: how many keys a query sees at most; None or 0 for all.
+    """
+    batch, time, heads, dim = queries.shape
+    kv_heads, capacity = keys.shape[1], keys.shape[3]
+    # Queries of one key/value head as rows of one matrix: with the dimensions left apart, XLA's CPU backend took 4.2 ms
+    # where it takes 0.9 (6 layers, 16 slots, capacity 192).
+    rows = time * heads // kv_heads
+    grouped = jnp.moveaxis(queries.reshape(batch, time, kv_heads, -1, dim), 1, 2).reshape(batch, kv_heads, rows, dim)
+    places = jnp.repeat(positions, heads // kv_heads, axis=1)[:, None, :, None]  # of each row
+    lowest = jnp.finfo(jnp.float32).min
+
+    def scored(block: Array, start: Int[Array, ""] | int) -> tuple[Array, Array]:
+        """Scores `[batch, kv_heads, rows, source]` of a block of keys, and which of them count."""
+        scores = jnp.einsum("bkqd,bkds->bkqs", grouped, block, preferred_element_type=jnp.float32) * dim**-0.5
+        ahead = places - (start + jnp.arange(block.shape[3]))
+        return scores, ahead >= 0 if window is None else (ahead >= 0) & within(window, ahead)
+
+    def ungrouped(mixed: Array) -> Array:
+        parts = mixed.astype(values.dtype).reshape(batch, kv_heads, time, heads // kv_heads, dim)
+        return jnp.moveaxis(parts, 2, 1).reshape(batch, time, heads, dim)
+
+    if capacity <= 2 * BLOCK:
+        scores, seen = scored(keys, 0)
+        weights = jax.nn.softmax(jnp.where(seen, scores, lowest), axis=-1).astype(values.dtype)
+        return ungrouped(jnp.einsum("bkqs,bksd->bkqd", weights, values))
+
+    def fold(index: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, mixed = state
+        # The last block may reach beyond the end; it is read from where it fits, and what was seen before is masked.
+        start = jnp.minimum(index * BLOCK, capacity - BLOCK)
+        scores, seen = scored(jax.lax.dynamic_slice_in_dim(keys, start, BLOCK, 3), start)
+        seen &= start + jnp.arange(BLOCK) >= index * BLOCK
+        raised = jnp.maximum(highest, jnp.max(jnp.where(seen, scores, lowest), axis=-1))
+        weights = jnp.where(seen, jnp.exp(scores - raised[..., None]), 0.0)
+        shrink = jnp.exp(highest - raised)
+        part = jax.lax.dynamic_slice_in_dim(values, start, BLOCK, 2)
+        added = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), part, preferred_element_type=jnp.float32)
+        return raised, total * shrink + jnp.sum(weights, axis=-1), mixed * shrink[..., None] + added
+
+    shape = (batch, kv_heads, rows)
+    start = (jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, dim)))
+    blocks = jnp.minimum(jnp.max(positions), capacity - 1) // BLOCK + 1
+    _, total, mixed = jax.lax.fori_loop(0, blocks, fold, start)
+    return ungrouped(mixed / total[..., None])

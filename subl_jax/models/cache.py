@@ -1,4 +1,9 @@
-"""The KV cache: one buffer for all layers, with a length of its own for every slot, so that slots advance unevenly."""
+"""The KV cache: buffers per layer, with a length of its own for every slot, so that slots advance unevenly.
+
+Every layer has its own two buffers, and keys lie transposed: measured on two cores at 64 slots, a decode step's attention
+took 6 ms this way, 11 ms with keys as [capacity, dim], and 26 ms with one buffer for all layers, of which each layer's part
+is copied out before it is used.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +16,49 @@ from subl_jax.models.config import ModelConfig
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, and how many tokens each slot holds."""
+    """Keys and values of every layer, and how many tokens each slot holds.
 
-    keys: Float[Array, "layers slots capacity kv_heads dim"]
-    values: Float[Array, "layers slots capacity kv_heads dim"]
+    Attributes:
+      keys: per layer, `[slots, kv_heads, dim, capacity]`.
+      values: per layer, `[slots, kv_heads, capacity, dim]`.
+      lengths: tokens in each slot.
+    """
+
+    keys: tuple[Float[Array, "slots kv_heads dim capacity"], ...]
+    values: tuple[Float[Array, "slots kv_heads capacity dim"], ...]
     lengths: Int[Array, " slots"]
 
     @property
     def capacity(self) -> int:
         """Tokens a slot can hold."""
-        return self.keys.shape[2]
+        return self.keys[0].shape[-1]
 
 
 def empty_cache(config: ModelConfig, slots: int, capacity: int) -> Cache:
     """A cache with no tokens in any slot, in the dtype that the model computes in."""
-    shape, dtype = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim), config.compute_dtype
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((slots,), jnp.int32))
+    shape, dtype = (slots, config.num_kv_heads), config.compute_dtype
+    keys = tuple(jnp.zeros((*shape, config.head_dim, capacity), dtype) for _ in range(config.num_layers))
+    values = tuple(jnp.zeros((*shape, capacity, config.head_dim), dtype) for _ in range(config.num_layers))
+    return Cache(keys, values, jnp.zeros((slots,), jnp.int32))
 
 
 def write(
-    buffer: Float[Array, "layers slots capacity kv_heads dim"],
-    layer: Int[Array, ""],
-    new: Float[Array, "slots time kv_heads dim"],
-    positions: Int[Array, "slots time"],
-    valid: Int[Array, "slots time"],
-) -> Float[Array, "layers slots capacity kv_heads dim"]:
-    """Writes one layer's new keys or values at their positions; tokens with valid == 0 are not written."""
+    keys: Float[Array, "slots kv_heads dim capacity"],
+    values: Float[Array, "slots kv_heads capacity dim"],
+    new_keys: Float[Array, "batch time kv_heads dim"],
+    new_values: Float[Array, "batch time kv_heads dim"],
+    rows: Int[Array, " batch"],
+    positions: Int[Array, "batch time"],
+    valid: Int[Array, "batch time"],
+) -> tuple[Float[Array, "slots kv_heads dim capacity"], Float[Array, "slots kv_heads capacity dim"]]:
+    """Writes one layer's new keys and values at their positions of slots `rows`; tokens with valid == 0 are not written.
+
+    A row beyond the slots writes nothing.
+    """
     # An index past the end is dropped by the scatter: that is how padding leaves no trace.
-    target = jnp.where(valid > 0, positions, buffer.shape[2])
-    slots = jnp.arange(buffer.shape[1])[:, None]
-    return buffer.at[layer, slots, target].set(new.astype(buffer.dtype), mode="drop")
+    where = jnp.where(valid > 0, positions, keys.shape[-1])[:, :, None]
+    slots, heads = rows[:, None, None], jnp.arange(keys.shape[1])
+    return (
+        keys.at[slots, heads, :, where].set(new_keys.astype(keys.dtype), mode="drop"),
+        values.at[slots, heads, where].set(new_values.astype(values.dtype), mode="drop"),
+    )

@@ -32,12 +32,8 @@ _REMAT_POLICIES = {
 }
 
 
-class _Carry(NamedTuple):
-    """What runs through the layers: the residual stream and, when decoding, the whole cache (written in place)."""
-
-    x: Float[Array, "batch time d_model"]
-    keys: Float[Array, "layers batch capacity kv_heads dim"] | None
-    values: Float[Array, "layers batch capacity kv_heads dim"] | None
+# One layer's keys and values in a cache.
+_Store = tuple[Float[Array, "slots kv_heads dim capacity"], Float[Array, "slots kv_heads capacity dim"]]
 
 
 class _Where(NamedTuple):
@@ -46,14 +42,16 @@ class _Where(NamedTuple):
     Attributes:
       positions: place of each token in its document.
       segments: document of each token, or whether it is to be appended to the cache.
-      mask: which keys a query may see; None where a backend works it out from the segments.
+      mask: which keys a query may see; None where a backend works it out from the segments, or with a cache.
       ahead: how many tokens before its query each key stands; given only where layers have windows and a mask.
+      rows: with a cache, the slot of each row of the batch; None where row i is slot i.
     """
 
     positions: Int[Array, "batch time"]
     segments: Int[Array, "batch time"]
     mask: Bool[Array, "batch time source"] | None
     ahead: Int[Array, "*batch time source"] | None
+    rows: Int[Array, " batch"] | None = None
 
 
 def _constrain(layout: Layout | None, x: Array, *names: str | None) -> Array:
@@ -109,7 +107,7 @@ class _Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, carry: _Carry, layer: Array, window: Array | None, where: _Where):
+    def __call__(self, x: Array, window: Array | None, where: _Where, store: _Store | None = None):
         config, layout = self.config, self.layout
 
         def dense(features: int, name: str, bias: bool = False) -> _Dense:
@@ -120,7 +118,7 @@ class _Block(nn.Module):
             return _constrain(layout, x.reshape(*x.shape[:2], count, config.head_dim), "batch", None, names, None)
 
         # Attention
-        normed = _RMSNorm(config.rms_eps, name="attention_norm")(carry.x)
+        normed = _RMSNorm(config.rms_eps, name="attention_norm")(x)
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         queries = heads(dense(width, "q", config.qkv_bias)(normed), config.num_heads, "heads")
         keys = heads(dense(kv_width, "k", config.qkv_bias)(normed), config.num_kv_heads, "kv_heads")
@@ -131,20 +129,24 @@ class _Block(nn.Module):
         frequency = attention.frequencies(config)
         queries = attention.rotary(queries, where.positions, frequency)
         keys = attention.rotary(keys, where.positions, frequency)
-        cache_keys, cache_values = carry.keys, carry.values
-        if cache_keys is not None and cache_values is not None:
-            cache_keys = write(cache_keys, layer, keys, where.positions, where.segments)
-            cache_values = write(cache_values, layer, values, where.positions, where.segments)
-            keys, values = cache_keys[layer], cache_values[layer]
-        if where.mask is None:
+        if store is not None:
+            rows = jnp.arange(queries.shape[0]) if where.rows is None else where.rows
+            store = write(*store, keys, values, rows, where.positions, where.segments)
+            stored_keys, stored_values = (_constrain(layout, part, None, "kv_heads", None, None) for part in store)
+            store = stored_keys, stored_values
+            # A copy where rows are picked out (prefill), none where the batch is all slots.
+            seen = store if where.rows is None else (stored_keys[rows], stored_values[rows])
+            cached_keys, cached_values = (part.astype(queries.dtype) for part in seen)
+            mixed = attention.attend_cached(queries, cached_keys, cached_values, where.positions, window)
+        elif where.mask is None:
             mixed = attend_documents(queries, keys, values, where.segments, config, layout)
         else:
             mask = where.mask
             if window is not None and where.ahead is not None:
                 mask &= attention.within(window, where.ahead)
-            mixed = attention.attend(queries, keys.astype(queries.dtype), values.astype(queries.dtype), mask)
+            mixed = attention.attend(queries, keys, values, mask)
         mixed = dense(config.d_model, "o", config.o_bias)(mixed.reshape(*mixed.shape[:2], -1))
-        x = carry.x + nn.Dropout(config.dropout, deterministic=self.deterministic)(mixed)
+        x = x + nn.Dropout(config.dropout, deterministic=self.deterministic)(mixed)
         x = _constrain(layout, x, "batch", None, None)
 
         # SwiGLU
@@ -153,16 +155,18 @@ class _Block(nn.Module):
         gated = _constrain(layout, gated, "batch", None, "mlp")
         x = x + nn.Dropout(config.dropout, deterministic=self.deterministic)(dense(config.d_model, "down")(gated))
         x = _constrain(layout, x, "batch", None, None)
-        return _Carry(x, cache_keys, cache_values), None
+        return x, store
 
 
 class _Decoder(nn.Module):
+    """The pass over whole documents, its layers scanned."""
+
     config: ModelConfig
     layout: Layout | None
     deterministic: bool
 
     @nn.compact
-    def __call__(self, tokens: Array, where: _Where, cache: Cache | None):
+    def __call__(self, tokens: Array, where: _Where):
         config = self.config
         embedding = self.param(
             "embedding", nn.initializers.normal(config.init_scale), (config.vocab_size, config.d_model)
@@ -170,7 +174,6 @@ class _Decoder(nn.Module):
         if not config.tie_embeddings:
             self.param("head", nn.initializers.lecun_normal(), (config.d_model, config.vocab_size))
         x = _look_up(embedding, tokens, self.layout).astype(config.compute_dtype)
-        carry = _Carry(x, cache and cache.keys, cache and cache.values)
         block = _Block
         if config.remat != "none":
             block = nn.remat(_Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
@@ -178,15 +181,40 @@ class _Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=cast(Any, (0, 0, nn.broadcast)),
+            in_axes=cast(Any, (0, nn.broadcast)),
             length=config.num_layers,
             unroll=config.scan_unroll,
         )
-        windows = jnp.asarray(config.windows, jnp.int32) if any(config.windows) else None
-        carry, _ = layers(config, self.layout, self.deterministic, name="layers")(
-            carry, jnp.arange(config.num_layers), windows, where
-        )
-        return _RMSNorm(config.rms_eps, name="final_norm")(carry.x), carry.keys, carry.values
+        x, _ = layers(config, self.layout, self.deterministic, name="layers")(x, _windows(config), where)
+        return _RMSNorm(config.rms_eps, name="final_norm")(x)
+
+
+def _windows(config: ModelConfig) -> Int[Array, " layers"] | None:
+    return jnp.asarray(config.windows, jnp.int32) if any(config.windows) else None
+
+
+def _cached_pass(
+    config: ModelConfig, params: Params, tokens: Array, where: _Where, cache: Cache, layout: Layout | None
+) -> tuple[Float[Array, "batch time d_model"], list[_Store]]:
+    """The pass over new tokens of a cache, layer by layer: a scan would copy every layer's buffers out and in again."""
+    x = _look_up(params["embedding"], tokens, layout).astype(config.compute_dtype)
+    block, windows, stores = _Block(config, layout, True), _windows(config), []
+    for layer in range(config.num_layers):
+        stacked = params["layers"]
+        own = stacked[layer] if isinstance(stacked, tuple) else jax.tree.map(lambda leaf, i=layer: leaf[i], stacked)
+        window = None if windows is None else windows[layer]
+        x, store = cast(Any, block.apply({"params": own}, x, window, where, (cache.keys[layer], cache.values[layer])))
+        stores.append(store)
+    return cast(Array, _RMSNorm(config.rms_eps).apply({"params": params["final_norm"]}, x)), stores
+
+
+def unstack(config: ModelConfig, params: Params) -> dict[str, Any]:
+    """Parameters whose layers are a tuple of trees: what a program that decodes token by token reads without copies.
+
+    Only passes with a cache take them. A slice of a stacked matrix that feeds a product is a copy of that matrix.
+    """
+    layers = tuple(jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"]) for layer in range(config.num_layers))
+    return {**params, "layers": layers}
 
 
 def _look_up(
@@ -214,11 +242,13 @@ def _look_up(
             found = jax.lax.all_to_all(found, columns, split_axis=0, concat_axis=2, tiled=True)
         return found
 
+    # Inside another shard_map the mesh is that one's, and only the axes that are still whole can be split.
+    where: dict[str, Any] = {"axis_names": {*vocab, *columns}} if layout.inside else {"mesh": layout.mesh}
     return jax.shard_map(
         look_up,
-        mesh=layout.mesh,
         in_specs=(layout.spec(("vocab", "embed")), layout.spec(("batch", None))),
         out_specs=layout.spec(("batch", None, None)),
+        **where,
     )(embedding, tokens)
 
 
@@ -229,7 +259,7 @@ def init(config: ModelConfig, key: Array) -> dict[str, Any]:
     """
     tokens = jnp.zeros((1, 2), jnp.int32)
     where = _Where(tokens, tokens, attention.packed_mask(jnp.ones_like(tokens)), None)
-    return cast(dict[str, Any], _Decoder(config, None, True).init(key, tokens, where, None)["params"])
+    return cast(dict[str, Any], _Decoder(config, None, True).init(key, tokens, where)["params"])
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
@@ -253,6 +283,7 @@ def apply(
     cache: Cache | None = None,
     dropout_key: Array | None = None,
     layout: Layout | None = None,
+    rows: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch time d_model"], Cache | None]:
     """Runs the decoder.
 
@@ -263,31 +294,34 @@ def apply(
       positions: place of each token in its document. With a cache: lengths[slot] + offset for the valid tokens.
       segments: without a cache, the packed document of each token (0 = padding). With a cache, 1 for tokens that are
         to be appended to their slot and 0 for padding, which must stand on the right.
-      cache: keys and values of earlier tokens, or None for a pass over whole documents.
+      cache: keys and values of earlier tokens, or None for a pass over whole documents. Such passes take no gradients and
+        no dropout.
       dropout_key: turns dropout on.
       layout: where activations lie in a program over a mesh; None in a program of one device.
+      rows: with a cache, the slot that each row of the batch belongs to; a row beyond the slots is padding. None: row i is
+        slot i, for all slots.
 
     Returns:
       Hidden states after the final norm in `config.compute_dtype`, and the cache with the new tokens appended (None if
       none was given).
     """
     if cache is not None:
-        mask = attention.cached_mask(positions, cache.capacity)
-        ahead = positions[:, :, None] - jnp.arange(cache.capacity) if any(config.windows) else None
-    elif choose_backend(config, tokens.shape[1], layout) == "xla":
+        where = _Where(positions, segments, None, None, rows)
+        hidden, stores = _cached_pass(config, merge(trainable, frozen), tokens, where, cache, layout)
+        added = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+        lengths = cache.lengths + added if rows is None else cache.lengths.at[rows].add(added, mode="drop")
+        keys, values = zip(*stores, strict=True)
+        return hidden, Cache(keys, values, lengths)
+    mask = ahead = None
+    if choose_backend(config, tokens.shape[1], layout) == "xla":
         mask = attention.packed_mask(segments)
         # Documents are contiguous, so places in the row measure the distance as well as positions do.
         places = jnp.arange(tokens.shape[1])
         ahead = places[:, None] - places if any(config.windows) else None
-    else:
-        mask = ahead = None
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     module, variables = _Decoder(config, layout, dropout_key is None), {"params": merge(trainable, frozen)}
-    where = _Where(positions, segments, mask, ahead)
-    hidden, keys, values = cast(Any, module.apply(variables, tokens, where, cache, rngs=rngs))
-    if cache is None:
-        return hidden, None
-    return hidden, Cache(keys, values, cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32))
+    hidden = cast(Any, module.apply(variables, tokens, _Where(positions, segments, mask, ahead), rngs=rngs))
+    return hidden, None
 
 
 def head_matrix(config: ModelConfig, params: Params) -> Float[Array, "d_model vocab"]:

@@ -48,6 +48,8 @@ RULES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     # Weights split over every device that shares rows or matrices, and gathered whole: fits any number of heads.
     "fsdp": {"batch": ("data", "fsdp", "tensor"), "embed": ("fsdp", "tensor")},
+    # Inside a rollout replica: the loop of each replica has rows of its own, which no axis of the mesh splits.
+    "rollout": {"vocab": ("tensor",), "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)},
     # A small model beside a large one: its weights stand whole on every device.
     "replicated": {"batch": ("data", "fsdp", "tensor")},
 }
@@ -143,10 +145,13 @@ class Layout:
     Attributes:
       mesh: of the axes `MESH_AXES`; an abstract one says where arrays would lie.
       rules: a column of `RULES`.
+      inside: for code that runs inside a `shard_map` over the other axes of the mesh: constraints and look-ups then name
+        axes of the surrounding mesh, as JAX wants it there.
     """
 
     mesh: Mesh | AbstractMesh
     rules: str = "default"
+    inside: bool = False
 
     def __post_init__(self) -> None:
         """Refuses unknown rules."""
@@ -187,7 +192,7 @@ class Layout:
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """Pins an intermediate result of a jitted program to its place."""
-        return jax.lax.with_sharding_constraint(x, self.sharding(names))
+        return jax.lax.with_sharding_constraint(x, self.spec(names) if self.inside else self.sharding(names))
 
     def check(self, name: str, size: int, what: str, remedy: str = "") -> None:
         """Refuses a dimension that does not split evenly.

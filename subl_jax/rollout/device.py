@@ -1,152 +1,279 @@
-"""The program that one device runs for one turn of its slots: prefill what is new, then decode until every slot stops.
+"""What one device runs for its slots: copy a shared prefix, prefill what is new, decode until enough slots have stopped.
 
-It contains no collective, so under `jax.pmap` every device stops on its own. Keys and values stay on the device between
-turns; the host sends only the new tokens and receives only the sampled ones.
+The programs contain no collective, so under `jax.pmap` every device stops on its own. Keys and values stay on the device
+for as long as an episode lives; the host sends new tokens and receives sampled ones.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from subl_jax.models import decoder
-from subl_jax.models.cache import Cache
+from subl_jax.models.cache import Cache, empty_cache
 from subl_jax.models.config import ModelConfig
-from subl_jax.parallel.devices import Device
+from subl_jax.parallel.layout import Layout
+from subl_jax.rollout import stops
 from subl_jax.rollout.sampling import SamplingConfig, draw, turn_key
+from subl_jax.rollout.stops import StopAutomaton
+
+# Tokens that are copied at a time where a prefix goes from one slot to another.
+COPIED = 64
 
 
-class TurnRequest(NamedTuple):
-    """What the host sends for one turn.
+class Slots(NamedTuple):
+    """The slots of one group on one device; it never leaves the device.
 
     Attributes:
-      tokens: new ids of each slot, left-aligned; counts: how many of them are real (0 = the slot rests this turn).
-      episode, sample, turn: the names that the slot's randomness is keyed by.
+      cache: keys and values of every slot's episode so far.
+      last: hidden state of each slot's newest token, from which the next one is drawn.
+      running: whether the slot is in the middle of a turn.
+      steps: tokens sampled in the turn; limit: how many there may be.
+      keys: the turn's randomness, as key data.
+      stop: state of the stop automaton.
+      tokens, logprobs: what the turn has sampled.
     """
 
-    tokens: Int[Array, "slots pending"]
-    counts: Int[Array, " slots"]
-    episode: Int[Array, " slots"]
-    sample: Int[Array, " slots"]
-    turn: Int[Array, " slots"]
-
-
-class TurnResult(NamedTuple):
-    """What one turn produced: sampled ids, their log-probabilities, how many, and whether the end token was among them."""
-
-    tokens: Int[Array, "slots turn_tokens"]
-    logprobs: Float[Array, "slots turn_tokens"]
-    counts: Int[Array, " slots"]
-    ended: Bool[Array, " slots"]
-
-
-class _Prefill(NamedTuple):
-    cache: Cache
-    last: Float[Array, "slots d_model"]  # hidden state of each slot's newest token
-    offset: Int[Array, ""]  # pending tokens already consumed
-
-
-class _Decode(NamedTuple):
     cache: Cache
     last: Float[Array, "slots d_model"]
     running: Bool[Array, " slots"]
-    step: Int[Array, ""]
-    result: TurnResult
+    steps: Int[Array, " slots"]
+    limit: Int[Array, " slots"]
+    keys: UInt32[Array, "slots words"]
+    stop: Int[Array, " slots"]
+    tokens: Int[Array, "slots turn_tokens"]
+    logprobs: Float[Array, "slots turn_tokens"]
 
 
-def _feed(config: ModelConfig, params, cache: Cache, tokens: Array, valid: Array) -> tuple[Array, Cache]:
-    """Appends valid tokens to their slots and returns the hidden states."""
-    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    hidden, extended = decoder.apply(config, params, {}, tokens, positions, valid.astype(jnp.int32), cache)
-    assert extended is not None  # a cache came in
-    return hidden, extended
+class Prefill(NamedTuple):
+    """Passes over new tokens. Row r of pass p appends `counts` tokens to slot `slots` from position `starts` on.
+
+    Attributes:
+      passes: how many of the passes are to be run, the first ones.
+      slots: slot of each row; a row beyond the slots is padding.
+    """
+
+    passes: Int[Array, ""]
+    slots: Int[Array, "passes rows"]
+    starts: Int[Array, "passes rows"]
+    counts: Int[Array, "passes rows"]
+    tokens: Int[Array, "passes rows chunk"]
 
 
-def _prefill(config: ModelConfig, sampling: SamplingConfig, params, cache: Cache, request: TurnRequest) -> _Prefill:
-    """Feeds the pending tokens in chunks of a fixed size, as many chunks as the longest slot needs."""
-    chunk = sampling.prefill_chunk
+class Copies(NamedTuple):
+    """Which prefixes are kept and which are handed out: `saves` of the first list, then `loads` of the second.
 
-    def body(state: _Prefill) -> _Prefill:
-        tokens = jax.lax.dynamic_slice_in_dim(request.tokens, state.offset, chunk, axis=1)
-        valid = state.offset + jnp.arange(chunk) < request.counts[:, None]
-        hidden, cache = _feed(config, params, state.cache, tokens, valid)
-        # The newest token of a slot is the one at counts - 1; it lies in this chunk or the earlier value stands.
-        inside = request.counts - 1 - state.offset
-        here = jnp.take_along_axis(hidden, jnp.clip(inside, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
-        last = jnp.where(((inside >= 0) & (inside < chunk))[:, None], here, state.last)
-        return _Prefill(cache, last, state.offset + chunk)
+    Attributes:
+      length: tokens of the longest prefix among them, the range that is copied.
+    """
 
-    last = jnp.zeros((request.tokens.shape[0], config.d_model), config.compute_dtype)
-    return jax.lax.while_loop(
-        lambda state: jnp.any(state.offset < request.counts), body, _Prefill(cache, last, jnp.zeros((), jnp.int32))
+    saves: Int[Array, ""]
+    saved_slot: Int[Array, " kept"]
+    saved_place: Int[Array, " kept"]
+    loads: Int[Array, ""]
+    loaded_slot: Int[Array, " slots"]
+    loaded_place: Int[Array, " slots"]
+    length: Int[Array, ""]
+
+
+class Turns(NamedTuple):
+    """The turns that begin, and how long the program may go on.
+
+    Attributes:
+      begin: slots whose turn begins; limit: its tokens at most.
+      episode, sample, turn: the names that its randomness is keyed by.
+      seed, policy: names shared by all episodes.
+      patience: stopped slots at which the program returns; steps: after so many it returns anyhow.
+    """
+
+    begin: Bool[Array, " slots"]
+    limit: Int[Array, " slots"]
+    episode: Int[Array, " slots"]
+    sample: Int[Array, " slots"]
+    turn: Int[Array, " slots"]
+    seed: Int[Array, ""]
+    policy: Int[Array, ""]
+    patience: Int[Array, ""]
+    steps: Int[Array, ""]
+
+
+class Report(NamedTuple):
+    """What the host gets back.
+
+    Attributes:
+      running: slots that go on in the next call; the others' turns are complete.
+      counts, tokens, logprobs: what each slot's turn has sampled so far.
+      ended: whether a stop was sampled; a turn that is over without one has reached its limit.
+      steps: decode steps of this call; occupied: running slots summed over them; context: tokens they attended to.
+    """
+
+    running: Bool[Array, " slots"]
+    counts: Int[Array, " slots"]
+    tokens: Int[Array, "slots turn_tokens"]
+    logprobs: Float[Array, "slots turn_tokens"]
+    ended: Bool[Array, " slots"]
+    steps: Int[Array, ""]
+    occupied: Int[Array, ""]
+    context: Float[Array, ""]
+
+
+def empty_slots(config: ModelConfig, sampling: SamplingConfig) -> Slots:
+    """Slots that rest."""
+    slots, turn = sampling.slots, (sampling.slots, sampling.max_turn_tokens)
+    words = jax.random.key_data(jax.random.key(0)).shape[0]
+    return Slots(
+        cache=empty_cache(config, slots, sampling.context),
+        last=jnp.zeros((slots, config.d_model), config.compute_dtype),
+        running=jnp.zeros((slots,), bool),
+        steps=jnp.zeros((slots,), jnp.int32),
+        limit=jnp.zeros((slots,), jnp.int32),
+        keys=jnp.zeros((slots, words), jnp.uint32),
+        stop=jnp.zeros((slots,), jnp.int32),
+        tokens=jnp.zeros(turn, jnp.int32),
+        logprobs=jnp.zeros(turn, jnp.float32),
     )
 
 
-def run_turn(
+def prefill(
+    config: ModelConfig, layout: Layout | None, params: decoder.Params, state: Slots, request: Prefill
+) -> tuple[Slots, Int[Array, ""]]:
+    """Appends new tokens to their slots, and returns how many they were.
+
+    Every pass has the same shape, so that an episode's floats depend neither on the rows beside it nor on their number.
+    """
+    chunk = request.tokens.shape[2]
+
+    def run(index: Int[Array, ""], state: Slots) -> Slots:
+        rows, starts, counts = request.slots[index], request.starts[index], request.counts[index]
+        positions = starts[:, None] + jnp.arange(chunk)
+        valid = (jnp.arange(chunk) < counts[:, None]).astype(jnp.int32)
+        cache = state.cache._replace(lengths=state.cache.lengths.at[rows].set(starts, mode="drop"))
+        hidden, cache = decoder.apply(
+            config, params, {}, request.tokens[index], positions, valid, cache, layout=layout, rows=rows
+        )
+        assert cache is not None  # one came in
+        newest = hidden[jnp.arange(rows.shape[0]), jnp.maximum(counts - 1, 0)]
+        return state._replace(cache=cache, last=state.last.at[rows].set(newest, mode="drop"))
+
+    asked = (jnp.arange(request.counts.shape[0]) < request.passes)[:, None]
+    return jax.lax.fori_loop(0, request.passes, run, state), jnp.sum(jnp.where(asked, request.counts, 0))
+
+
+def copy_prefixes(state: Slots, kept: Cache, request: Copies) -> tuple[Slots, Cache]:
+    """Keeps the beginnings of some slots, and writes kept ones into others. Copies are exact."""
+
+    def blocks(source: Cache, target: Cache, here: Int[Array, ""], there: Int[Array, ""]) -> Cache:
+        # Positions lie last in the keys and third in the values.
+        def copy(buffer: Array, other: Array, axis: int, index: Int[Array, ""]) -> Array:
+            sizes = [1, *buffer.shape[1:]]
+            sizes[axis] = min(COPIED, buffer.shape[axis])
+            at = [jnp.int32(0)] * buffer.ndim
+            at[axis] = index * COPIED  # clamped alike on both sides where the capacity ends
+            piece = jax.lax.dynamic_slice(buffer, [here, *at[1:]], sizes)
+            return jax.lax.dynamic_update_slice(other, piece, [there, *at[1:]])
+
+        def body(index: Int[Array, ""], target: Cache) -> Cache:
+            keys = tuple(copy(*pair, 3, index) for pair in zip(source.keys, target.keys, strict=True))
+            values = tuple(copy(*pair, 2, index) for pair in zip(source.values, target.values, strict=True))
+            return Cache(keys, values, target.lengths)
+
+        return jax.lax.fori_loop(0, (request.length + COPIED - 1) // COPIED, body, target)
+
+    kept = jax.lax.fori_loop(
+        0,
+        request.saves,
+        lambda n, kept: blocks(state.cache, kept, request.saved_slot[n], request.saved_place[n]),
+        kept,
+    )
+    cache = jax.lax.fori_loop(
+        0,
+        request.loads,
+        lambda n, cache: blocks(kept, cache, request.loaded_place[n], request.loaded_slot[n]),
+        state.cache,
+    )
+    return state._replace(cache=cache), kept
+
+
+class _Loop(NamedTuple):
+    state: Slots
+    steps: Int[Array, ""]
+    occupied: Int[Array, ""]
+    context: Float[Array, ""]
+
+
+def decode(
     config: ModelConfig,
     sampling: SamplingConfig,
-    end_id: int,
+    layout: Layout | None,
     params: decoder.Params,
-    cache: Cache,
-    fresh: Bool[Array, ""],
-    seed: Int[Array, ""],
-    policy: Int[Array, ""],
-    request: TurnRequest,
-) -> tuple[Cache, TurnResult]:
-    """One turn of all slots of one device.
+    automaton: StopAutomaton,
+    state: Slots,
+    request: Turns,
+) -> tuple[Slots, Report]:
+    """Begins turns, and advances all running slots until enough of them have stopped.
 
-    The end token that a slot samples is not fed back; the host sends it as the first pending token of the next turn.
+    The last token of a turn is not fed back; the host sends it as the first token of the next turn's prefill.
 
     Args:
-      config, sampling, end_id: static.
-      params: the policy.
-      cache: the slots' keys and values; `fresh` empties every slot first (a new wave of episodes).
-      seed, policy: names of the randomness shared by all episodes.
-      request: see `TurnRequest`; its pending width is a multiple of `sampling.prefill_chunk`.
+      config, sampling, layout: static.
+      params: the policy, its layers unstacked.
+      automaton: which tokens end a turn.
+      state: donated.
+      request: see `Turns`.
     """
-    cache = cache._replace(lengths=jnp.where(fresh, 0, cache.lengths))
-    prefilled = _prefill(config, sampling, params, cache, request)
-    head = decoder.head_matrix(config, params).astype(config.compute_dtype)
-    keys = jax.vmap(functools.partial(turn_key, seed, policy))(request.episode, request.sample, request.turn)
-    slots = request.tokens.shape[0]
+    slots = jnp.arange(sampling.slots)
+    begun = jax.vmap(lambda *names: jax.random.key_data(turn_key(request.seed, request.policy, *names)))(
+        request.episode, request.sample, request.turn
+    )
+    state = state._replace(
+        running=state.running | request.begin,
+        steps=jnp.where(request.begin, 0, state.steps),
+        limit=jnp.where(request.begin, request.limit, state.limit),
+        keys=jnp.where(request.begin[:, None], begun, state.keys),
+        stop=jnp.where(request.begin, 0, state.stop),
+    )
+    keys, at_start = jax.random.wrap_key_data(state.keys), jnp.sum(state.running)
 
-    def body(state: _Decode) -> _Decode:
-        scores = decoder.mask_padding(config, (state.last @ head).astype(jnp.float32))
-        tokens, logprobs = draw(scores, keys, state.step, sampling.temperature)
-        result = TurnResult(
-            state.result.tokens.at[:, state.step].set(jnp.where(state.running, tokens, 0)),
-            state.result.logprobs.at[:, state.step].set(jnp.where(state.running, logprobs, 0.0)),
-            state.result.counts + state.running,
-            state.result.ended | (state.running & (tokens == end_id)),
+    def body(loop: _Loop) -> _Loop:
+        state = loop.state
+        scores = decoder.logits(config, params, state.last, layout)
+        tokens, logprobs = draw(scores, keys, state.steps, sampling)
+        # Past the end of the buffer for slots that rest: such a write is dropped.
+        place = jnp.where(state.running, state.steps, sampling.max_turn_tokens)
+        stop = jnp.where(state.running, stops.step(automaton, state.stop, tokens), state.stop)
+        steps = state.steps + state.running
+        running = state.running & ~stops.stopped(automaton, stop) & (steps < state.limit)
+        hidden, cache = decoder.apply(
+            config, params, {}, tokens[:, None], state.cache.lengths[:, None], running[:, None].astype(jnp.int32),
+            state.cache, layout=layout,
+        )  # fmt: skip
+        assert cache is not None
+        advanced = state._replace(
+            cache=cache,
+            last=hidden[:, 0],
+            running=running,
+            steps=steps,
+            stop=stop,
+            tokens=state.tokens.at[slots, place].set(tokens, mode="drop"),
+            logprobs=state.logprobs.at[slots, place].set(logprobs, mode="drop"),
         )
-        running = state.running & (tokens != end_id)
-        hidden, cache = _feed(config, params, state.cache, tokens[:, None], running[:, None])
-        return _Decode(cache, hidden[:, 0], running, state.step + 1, result)
+        attended = jnp.sum(jnp.where(state.running, cache.lengths, 0), dtype=jnp.float32)
+        return _Loop(
+            advanced, loop.steps + 1, loop.occupied + jnp.sum(state.running, dtype=jnp.int32), loop.context + attended
+        )
 
-    nothing = TurnResult(
-        jnp.zeros((slots, sampling.max_turn_tokens), jnp.int32),
-        jnp.zeros((slots, sampling.max_turn_tokens), jnp.float32),
-        jnp.zeros((slots,), jnp.int32),
-        jnp.zeros((slots,), bool),
-    )
-    final = jax.lax.while_loop(
-        lambda state: jnp.any(state.running) & (state.step < sampling.max_turn_tokens),
-        body,
-        _Decode(prefilled.cache, prefilled.last, request.counts > 0, jnp.zeros((), jnp.int32), nothing),
-    )
-    return final.cache, final.result
+    def unfinished(loop: _Loop) -> Bool[Array, ""]:
+        going = jnp.sum(loop.state.running)
+        return (going > 0) & (at_start - going < request.patience) & (loop.steps < request.steps)
 
-
-@functools.cache
-def compiled_turn(config: ModelConfig, sampling: SamplingConfig, end_id: int, devices: tuple[Device, ...]):
-    """`run_turn` mapped over devices; params are given replicated (in_axes None), the cache is donated."""
-    return jax.pmap(
-        functools.partial(run_turn, config, sampling, end_id),
-        in_axes=(None, 0, None, None, None, 0),
-        donate_argnums=(1,),
-        devices=devices,
-    )
+    zero = jnp.zeros((), jnp.int32)
+    final = jax.lax.while_loop(unfinished, body, _Loop(state, zero, zero, jnp.zeros((), jnp.float32)))
+    state = final.state
+    report = Report(
+        state.running, state.steps, state.tokens, state.logprobs, stops.stopped(automaton, state.stop),
+        final.steps, final.occupied, final.context,
+    )  # fmt: skip
+    return state, report

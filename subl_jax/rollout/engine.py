@@ -1,129 +1,406 @@
-"""The episode engine: waves of episodes over local devices, tools executed on the host between turns.
+"""The episode engine: slots on devices, tools on the host, and neither waits for the other where it need not.
 
-Episodes and a policy in; finished `Trajectory` records out, in episode order within a wave. Keys and values stay
-resident across turns: a later turn prefills only the tool results.
+Conversations go in, finished ones come out. A finished episode frees its slot for the next; keys and values stay in the
+slot across turns, so that a turn prefills only what is new. Slots stand in groups: while the devices decode one group, the
+host executes the tool calls of another.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
+import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from subl_jax.chat.messages import Message, ToolSchema
 from subl_jax.chat.rendering import Renderer
+from subl_jax.metrics.flops import decode_step_bytes, kv_bytes_per_token
 from subl_jax.models import decoder
-from subl_jax.models.cache import empty_cache
 from subl_jax.models.config import ModelConfig
-from subl_jax.parallel.devices import Device, replicate
-from subl_jax.rollout.device import TurnRequest, compiled_turn
+from subl_jax.parallel.devices import Device
+from subl_jax.rollout import memory, stops
+from subl_jax.rollout.conversation import ChatConversation, Conversation, Episode, SharedPrefix, Turn
+from subl_jax.rollout.device import Report, Turns
+from subl_jax.rollout.programs import Programs, programs
+from subl_jax.rollout.requests import Chunk, Kept, prefill_requests
 from subl_jax.rollout.sampling import SamplingConfig
-from subl_jax.settings.interface import Environment, Task
-from subl_jax.trajectory import Status, Trajectory
+from subl_jax.rollout.statistics import RolloutStatistics
+from subl_jax.rollout.tools import Outcome, ToolPool
+from subl_jax.trajectory import FAILED, Trajectory
+
+# How often the interpreter switches threads during a rollout. At its default of 5 ms one worker that computes in Python
+# makes the thread that feeds the devices wait 7 ms each time it wants to go on (measured); at 0.5 ms it is 0.7 ms.
+_SWITCH_S = 5e-4
+# How often the host looks whether the devices are done while it waits for tools, in seconds.
+_LOOK_S = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Episode:
-    """One episode to run: its index, the task, which sample of the task, and how to make its world."""
+class EngineConfig:
+    """How a rollout is run. No token depends on it: what episodes depend on is in `SamplingConfig`.
 
-    index: int
-    task: Task
-    sample: int
-    environment: Callable[[], Environment]
+    Attributes:
+      groups: of slots; with two, the host runs the tools of one while the devices decode the other.
+      patience: share of a group's running slots that must have stopped before a dispatch returns to the host.
+      dispatch_steps: decode steps after which a dispatch returns anyhow.
+      tool_workers: threads that execute environments and the tokenizer. More than the machine has cores pays only where
+        tools really wait for something.
+      tool_timeout_s: a tool call (or an opening) that takes longer costs its episode.
+      result_kib: a tool result of more KiB costs its episode.
+      kv_gib: memory of one device that keys and values may take, in GiB; 0: what is free.
+      tensor: devices that one copy of the model is split over, where it exceeds a device.
+    """
+
+    groups: int = 2
+    patience: float = 0.125
+    dispatch_steps: int = 128
+    tool_workers: int = 2
+    tool_timeout_s: float = 60.0
+    result_kib: int = 256
+    kv_gib: float = 0.0
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses an engine that would stand still."""
+        for name, low in (("groups", 1), ("dispatch_steps", 1), ("tool_workers", 0), ("result_kib", 1), ("tensor", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least {low}")
+        if not 0 < self.patience <= 1:
+            raise ValueError(f"patience={self.patience} is outside (0, 1]")
+        if self.tool_timeout_s <= 0:
+            raise ValueError(f"tool_timeout_s={self.tool_timeout_s}; it must be positive")
+        if self.kv_gib < 0:
+            raise ValueError(f"kv_gib={self.kv_gib} is negative; 0 takes what is free")
 
 
-@dataclasses.dataclass
-class RolloutStatistics:
-    """Counts over a rollout, filled while it runs; times in seconds."""
+@dataclasses.dataclass(eq=False)
+class _Seat:
+    """A conversation in a slot.
 
-    episodes: int = 0
-    sampled_tokens: int = 0
-    prefilled_tokens: int = 0
-    device_seconds: float = 0.0
-    tool_seconds: float = 0.0
+    Attributes:
+      fed: its tokens in the cache.
+      state: ready (a turn is to be prefilled), running (on the device), or tools (on the host).
+    """
+
+    conversation: Conversation[Any]
+    replica: int
+    slot: int
+    fed: int = 0
+    turn: int = 0
+    pending: Turn | None = None
+    state: Literal["ready", "running", "tools"] = "ready"
 
 
-class _Live:
-    """An episode in a slot."""
+class _Group:
+    """One group of slots on every replica, and the dispatch that is under way."""
 
-    def __init__(self, episode: Episode, renderer: Renderer, sampling: SamplingConfig) -> None:
-        self.episode = episode
-        self.world = episode.environment()
-        self.messages: list[Message] = self.world.opening()
-        self.tools: list[ToolSchema] = self.world.tools()
-        self.tokens: list[int] = []
-        self.mask: list[bool] = []
-        self.logprobs: list[float] = []
-        self.turn = 0
-        self.status: Status | None = None
-        self.pending = renderer.opening(self.messages, self.tools)
-        if len(self.pending) + sampling.max_turn_tokens > sampling.context:
-            raise ValueError(
-                f"task {episode.task.task_id}: its opening of {len(self.pending)} tokens and a turn of "
-                f"{sampling.max_turn_tokens} exceed rollout.context={sampling.context}; raise --config.rollout.context"
-            )
+    def __init__(self, programs: Programs) -> None:
+        self.state = programs.slots()
+        self.seats: list[list[_Seat | None]] = [[None] * programs.sampling.slots for _ in range(programs.replicas)]
+        self.report: Report | None = None
+        self.prefilled: list[jax.Array] = []
+        self.dispatched = 0.0
+        self.in_tools = 0
+        self.full = False  # whether the dispatch under way left no slot free for want of episodes
 
-    def record_prompt(self) -> None:
-        """The pending tokens are about to be prefilled: they belong to the conversation, not to the assistant."""
-        self.tokens += self.pending
-        self.mask += [False] * len(self.pending)
-        self.logprobs += [0.0] * len(self.pending)
+    def occupied(self) -> list[_Seat]:
+        """The seats that are taken."""
+        return [seat for row in self.seats for seat in row if seat is not None]
 
-    def finish(self) -> Trajectory:
-        """Seals the episode."""
-        assert self.status is not None
-        return Trajectory(
-            self.episode.index,
-            self.episode.task.task_id,
-            self.episode.sample,
-            np.asarray(self.tokens, np.int32),
-            np.asarray(self.mask, bool),
-            np.asarray(self.logprobs, np.float32),
-            self.messages,
-            self.tools,
-            self.status,
-            self.world.done(),
+    def ready(self) -> bool:
+        """Whether the dispatch under way is over."""
+        report: Any = self.report  # JAX exports its array class without this method
+        return report is None or report.counts.is_ready()
+
+
+class Engine:
+    """One run: conversations in, finished conversations out."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        params: Any,
+        automaton: stops.StopAutomaton,
+        options: EngineConfig,
+        statistics: RolloutStatistics,
+        *,
+        seed: int,
+        policy: int,
+    ) -> None:
+        """Takes a policy that is loaded (`Programs.load`); compiles what is not compiled yet."""
+        self._programs, self._params, self._options = programs, params, options
+        self._automaton = programs.place(automaton)
+        self._names = np.asarray([seed, policy], np.int32)
+        self._statistics = statistics
+        self._groups = [_Group(programs) for _ in range(options.groups)]
+        self._kept, self._prefixes = programs.kept(), [Kept() for _ in range(programs.replicas)]
+        self._opened: collections.deque[tuple[Conversation[Any], Turn]] = collections.deque()
+        self._opening = 0
+        self._exhausted = False
+        self._finished: list[Conversation[Any]] = []
+        self._idle_since = time.perf_counter()  # when the devices last ran out of work
+        config = programs.config
+        item = np.dtype(config.compute_dtype).itemsize
+        table = (
+            0 if config.tie_embeddings else config.vocab_size * config.d_model * np.dtype(config.param_dtype).itemsize
         )
+        self._weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - table
+        self._kv_bytes = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, item)
 
+    # --- The loop -----------------------------------------------------------------------------------------------------
 
-def _after_turn(
-    live: _Live, ids: list[int], logprobs: list[float], ended: bool, renderer: Renderer, sampling: SamplingConfig
-):
-    """Books a sampled turn, executes its calls, and decides whether the episode goes on."""
-    live.tokens += ids
-    live.mask += [True] * len(ids)
-    live.logprobs += logprobs
-    live.turn += 1
-    cut_off: Any = {"role": "assistant", "content": renderer.decode(ids), "unparseable": True}
-    message: Message = renderer.parse(ids) if ended else cut_off
-    live.messages = [*live.messages, message]
-    if not ended:
-        live.status = "truncated"
-    elif message.get("unparseable"):
-        live.status = "unparseable"
-    else:
-        results = live.world.step(message)
-        if live.world.finished:
-            live.status = "final"
-        elif live.turn >= sampling.max_turns:
-            live.messages = [*live.messages, *results]
-            live.status = "turn_limit"
-        else:
-            added = renderer.continuation(live.messages, results, live.tools)
-            live.messages = [*live.messages, *results]
-            # The end token was sampled but never fed back: it is the first pending token and is already booked.
-            live.pending = [ids[-1], *added]
-            if len(live.tokens) + len(added) + sampling.max_turn_tokens > sampling.context:
-                live.status = "length_limit"
+    def run(self, conversations: Iterable[Conversation[Any]]) -> Iterator[Conversation[Any]]:
+        """Runs every conversation to its end and yields each as soon as it is over."""
+        began, options = time.perf_counter(), self._options
+        waiting = iter(conversations)
+        with ToolPool[Any](options.tool_workers, options.tool_timeout_s) as pool, _switching():
+            self._prepare()
+            self._idle_since = time.perf_counter()
+            while True:
+                for group in self._groups:
+                    self._open(waiting, pool)
+                    self._book(group, pool)
+                    self._gather(group, pool)
+                    self._fill(group)
+                    self._dispatch(group)
+                    self._statistics.tool_seconds = pool.busy_seconds
+                    self._statistics.wall_seconds = time.perf_counter() - began
+                    finished, self._finished = self._finished, []
+                    yield from finished
+                # A call that the pool gave up, or an episode that failed, is an outcome too: nothing is waited for twice.
+                if not self._exhausted or pool.outstanding or self._opened:
+                    continue
+                if not any(group.occupied() or group.report is not None for group in self._groups):
+                    return
+
+    def _prepare(self) -> None:
+        """Compiles every program ahead, by calls that have nothing to do."""
+        self._statistics.replicas = self._programs.replicas
+        self._statistics.device_kind = self._programs.device_kind
+        if not self._programs.missing(self._automaton):
+            return
+        known = len(self._programs.compilations)
+        group = self._groups[0]
+        for chunk in self._programs.chunks:
+            request = prefill_requests(self._programs, chunk, [[] for _ in range(self._programs.replicas)])[0]
+            group.state, _ = self._programs.prefill(self._params, group.state, request)
+        request = self._prefixes[0].request(self._programs, [([], []) for _ in self._prefixes], 0)
+        group.state, self._kept = self._programs.copy_prefixes(group.state, self._kept, request)
+        group.state, report = self._programs.decode(self._params, self._automaton, group.state, self._turns(group))
+        jax.block_until_ready(report)
+        self._statistics.compilations += self._programs.compilations[known:]
+
+    def _open(self, waiting: Iterator[Conversation[Any]], pool: ToolPool[Any]) -> None:
+        """Keeps openings ahead of the free slots."""
+        size = self._programs.replicas * self._programs.sampling.slots
+        free = sum(size - len(group.occupied()) for group in self._groups)
+        while not self._exhausted and self._opening + len(self._opened) < free + size // 4 + 1:
+            conversation = next(waiting, None)
+            if conversation is None:
+                self._exhausted = True
             else:
-                live.tokens += added
-                live.mask += [False] * len(added)
-                live.logprobs += [0.0] * len(added)
+                self._opening += 1
+                pool.submit((None, None, conversation), conversation.open)
+
+    def _book(self, group: _Group, pool: ToolPool[Any]) -> None:
+        """Waits for the group's dispatch, and hands what was sampled to the tools."""
+        if group.report is None:
+            return
+        began = max(group.dispatched, self._idle_since)
+        for fed in group.prefilled:
+            fed.block_until_ready()
+        prefilled = max(time.perf_counter(), began) if group.prefilled else began
+        report: Report = jax.device_get(group.report)
+        self._idle_since = time.perf_counter()
+        self._account(group, report, prefilled - began, self._idle_since - prefilled)
+        group.report = None
+        for seat in group.occupied():
+            if seat.state != "running" or report.running[seat.replica, seat.slot]:
+                continue
+            place = seat.replica, seat.slot
+            count = int(report.counts[place])
+            ids, logprobs = report.tokens[place][:count].tolist(), report.logprobs[place][:count].tolist()
+            seat.fed += count - 1
+            seat.turn += 1
+            seat.state = "tools"
+            group.in_tools += 1
+            self._statistics.turns += 1
+            self._statistics.sampled_tokens += count
+            seat.conversation.sampled(ids, logprobs, bool(report.ended[place]))
+            pool.submit((group, seat, seat.conversation), seat.conversation.respond)
+
+    def _gather(self, group: _Group, pool: ToolPool[Any]) -> None:
+        """Takes in what tools have answered; waits for them as long as the devices have other work, or none at all.
+
+        With the devices idle it goes on as soon as half of what the group can run is runnable: one slow tool must not
+        keep the others from going on, and a dispatch of few slots wastes the rest.
+        """
+        size = self._programs.replicas * self._programs.sampling.slots
+        while True:
+            self._commit(pool.collect(0.0))
+            seats = group.occupied()
+            free = size - len(seats)
+            coming = min(free, self._opening + len(self._opened))
+            missing = group.in_tools + min(free - min(free, len(self._opened)), self._opening)
+            if not missing:
+                return
+            runnable = sum(seat.state != "tools" for seat in seats) + min(free, len(self._opened))
+            others = [other for other in self._groups if other is not group and other.report is not None]
+            if others and not all(other.ready() for other in others):
+                self._commit(pool.collect(_LOOK_S))
+                continue
+            if others or 2 * runnable >= len(seats) + coming:
+                return
+            elsewhere = [seat for other in self._groups if other is not group for seat in other.occupied()]
+            if not runnable and any(seat.state != "tools" for seat in elsewhere):
+                return  # another group has something to run
+            began = time.perf_counter()
+            self._commit(pool.collect(None))
+            self._statistics.waiting_seconds += time.perf_counter() - began
+
+    def _commit(self, outcomes: Sequence[Outcome[Any]]) -> None:
+        """Takes over openings and responses; frees the slots of finished episodes."""
+        for outcome in outcomes:
+            group, seat, conversation = outcome.key  # type: ignore[misc]
+            if outcome.error is not None:
+                conversation.fail(outcome.error)
+                following = None
+            else:
+                following = conversation.commit(outcome.value)
+            if seat is None:
+                self._opening -= 1
+                if following is not None:
+                    self._opened.append((conversation, following))
+            else:
+                group.in_tools -= 1
+                if following is None:
+                    group.seats[seat.replica][seat.slot] = None
+                else:
+                    seat.pending, seat.state = following, "ready"
+            if following is None:
+                self._finished.append(conversation)
+
+    def _fill(self, group: _Group) -> None:
+        """Seats opened conversations in free slots, the emptiest replica first."""
+        while self._opened:
+            row = min(group.seats, key=lambda row: sum(seat is not None for seat in row))
+            if None not in row:
+                return
+            conversation, opening = self._opened.popleft()
+            replica, slot = group.seats.index(row), row.index(None)
+            row[slot] = _Seat(conversation, replica, slot, pending=opening)
+
+    # --- Dispatches ---------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, group: _Group) -> None:
+        """Sends the group's new tokens, and lets it decode."""
+        seats = [seat for seat in group.occupied() if seat.state != "tools"]
+        if not seats:
+            return
+        turns = self._turns(group)  # before the pending turns are taken off their seats
+        group.dispatched, group.prefilled = time.perf_counter(), []
+        beginnings: list[list[Chunk]] = [[] for _ in range(self._programs.replicas)]
+        rests: list[list[Chunk]] = [[] for _ in range(self._programs.replicas)]
+        copies: list[tuple[list, list]] = [([], []) for _ in range(self._programs.replicas)]
+        longest = 0
+        for seat in seats:
+            if seat.pending is None:
+                continue
+            tokens, _, shared = seat.pending
+            if shared:
+                # The prefix is computed by the first episode that has it, and copied from then on: to the same bits.
+                known, place = self._prefixes[seat.replica].find(tuple(tokens[:shared]))
+                if known:
+                    self._statistics.shared_tokens += shared
+                else:
+                    beginnings[seat.replica].append(Chunk(seat.slot, 0, tokens[:shared]))
+                    if place is not None:
+                        copies[seat.replica][0].append((seat.slot, place))
+                if known and place is not None:
+                    copies[seat.replica][1].append((seat.slot, place))
+                longest = max(longest, shared)
+                seat.fed = shared
+            rests[seat.replica].append(Chunk(seat.slot, seat.fed, tokens[shared:]))
+            seat.fed += len(tokens) - shared
+            seat.pending, seat.state = None, "running"
+        self._prefill(group, beginnings)
+        if longest:
+            request = self._prefixes[0].request(self._programs, copies, longest)
+            group.state, self._kept = self._programs.copy_prefixes(group.state, self._kept, request)
+        self._prefill(group, rests)
+        for kept in self._prefixes:
+            kept.release()
+        group.state, group.report = self._programs.decode(self._params, self._automaton, group.state, turns)
+        size = self._programs.replicas * self._programs.sampling.slots
+        group.full = not self._exhausted or bool(self._opened) or len(group.occupied()) == size
+
+    def _prefill(self, group: _Group, chunks: list[list[Chunk]]) -> None:
+        """Runs the passes that the chunks of all replicas need, longer chunks before shorter ones."""
+        if not any(chunks):
+            return
+        for size, planned in Chunk.cut(chunks, self._programs.chunks):
+            for request in prefill_requests(self._programs, size, planned):
+                group.state, fed = self._programs.prefill(self._params, group.state, request)
+                group.prefilled.append(fed)
+
+    def _turns(self, group: _Group) -> Turns:
+        """The turns that begin with the next dispatch, and when it is to return."""
+        replicas, slots = self._programs.replicas, self._programs.sampling.slots
+        begin = np.zeros((replicas, slots), bool)
+        limit, episode, sample, turn = (np.zeros((replicas, slots), np.int32) for _ in range(4))
+        patience = np.ones(replicas, np.int32)
+        for replica, row in enumerate(group.seats):
+            running = 0
+            for slot, seat in enumerate(row):
+                if seat is None or seat.state == "tools":
+                    continue
+                running += 1
+                if seat.pending is not None:
+                    place = replica, slot
+                    begin[place], limit[place] = True, seat.pending.limit
+                    episode[place], sample[place] = seat.conversation.index, seat.conversation.sample
+                    turn[place] = seat.turn
+            patience[replica] = max(math.ceil(self._options.patience * running), 1)
+        seed, policy = (np.full(replicas, name, np.int32) for name in self._names)
+        steps = np.full(replicas, self._options.dispatch_steps, np.int32)
+        host: Any = (begin, limit, episode, sample, turn, seed, policy, patience, steps)  # host arrays in the record
+        return Turns(*host)
+
+    def _account(self, group: _Group, report: Report, prefill_s: float, decode_s: float) -> None:
+        """Adds one dispatch to the statistics."""
+        counted = self._statistics
+        steps, occupied = report.steps, int(report.occupied.sum())
+        slots = int(steps.sum()) * self._programs.sampling.slots
+        counted.dispatches += 1
+        counted.prefill_seconds += prefill_s
+        counted.decode_seconds += decode_s
+        counted.decode_steps += int(steps.max())
+        counted.replica_steps += int(steps.sum())
+        counted.running_slots += occupied
+        counted.slots += slots
+        if group.full:
+            counted.full_running_slots += occupied
+            counted.full_slots += slots
+        counted.decode_bytes += int(steps.sum()) * decode_step_bytes(self._weight_bytes, [], 0)
+        counted.decode_bytes += float(report.context.sum()) * self._kv_bytes
+        counted.prefilled_tokens += sum(int(np.asarray(fed).sum()) for fed in group.prefilled)
+
+
+@contextlib.contextmanager
+def _switching() -> Iterator[None]:
+    """Makes threads take turns more often while a rollout runs."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _SWITCH_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def rollout(
@@ -136,79 +413,61 @@ def rollout(
     seed: int,
     policy: int = 0,
     devices: Sequence[Device] | None = None,
+    options: EngineConfig = EngineConfig(),
     statistics: RolloutStatistics | None = None,
+    as_finished: bool = False,
 ) -> Iterator[Trajectory]:
     """Runs every episode to its end.
 
-    At fixed `sampling.slots` an episode's tokens depend on (seed, policy, episode index, sample) and nothing else: not on
-    the slot, the number of devices, or the other episodes.
+    At fixed `sampling` an episode's tokens depend on (seed, policy, episode index, sample) and nothing else: not on the
+    slot, the number of devices or processes, the other episodes, or how long tools took.
 
     Args:
-      config, params: the policy; params are replicated to the devices once.
+      config, params: the policy; params are put on the devices once. Another call with other params of the same shapes
+        (a student that learns) compiles nothing.
       renderer: tokenizer and chat template.
       episodes: what to run.
-      sampling: limits and temperature.
+      sampling: how tokens are drawn, and limits.
       seed, policy: name the randomness; `policy` is the policy's version.
       devices: local devices to use; all by default.
+      options: how it is run.
       statistics: filled in place if given.
+      as_finished: yield each trajectory as soon as it is over, in no particular order.
 
     Yields:
-      Trajectories, in the order of `episodes`.
+      Trajectories, in the order of `episodes` unless `as_finished`. An episode whose environment raised, hung or returned
+      too much is among them, with status tool_error or tool_timeout.
 
     Raises:
-      ValueError: a task's opening exceeds the context.
+      ValueError: a task's opening exceeds the context; keys and values exceed the memory.
     """
-    devices = tuple(devices or jax.local_devices())
     statistics = statistics if statistics is not None else RolloutStatistics()
-    program = compiled_turn(config, sampling, renderer.end_id, devices)
-    params = replicate(params, devices)
-    width = -(-sampling.context // sampling.prefill_chunk) * sampling.prefill_chunk
-    cache = jax.pmap(lambda _: empty_cache(config, sampling.slots, sampling.context), devices=devices)(
-        np.zeros(len(devices))
+    if not episodes:
+        return
+    devices = tuple(devices or jax.local_devices())
+    sampling = memory.fitted(
+        config, params, sampling, devices, groups=options.groups, kv_gib=options.kv_gib, tensor=options.tensor
     )
-    wave_size = len(devices) * sampling.slots
-    for start in range(0, len(episodes), wave_size):
-        wave = [_Live(episode, renderer, sampling) for episode in episodes[start : start + wave_size]]
-        for live in wave:
-            live.record_prompt()
-        fresh = True
-        while any(live.status is None for live in wave):
-            request = _request(wave, wave_size, width)
-            began = time.perf_counter()
-            shaped = TurnRequest(*(field.reshape(len(devices), sampling.slots, *field.shape[1:]) for field in request))
-            cache, result = program(params, cache, jnp.asarray(fresh), jnp.int32(seed), jnp.int32(policy), shaped)
-            tokens, logprobs, counts, ended = (
-                np.asarray(field).reshape(wave_size, *field.shape[2:]) for field in jax.device_get(result)
-            )
-            fresh = False
-            statistics.device_seconds += time.perf_counter() - began
-            statistics.sampled_tokens += int(counts.sum())
-            statistics.prefilled_tokens += int(request.counts.sum())
-            began = time.perf_counter()
-            for slot, live in enumerate(wave):
-                if live.status is None:
-                    n = int(counts[slot])
-                    _after_turn(
-                        live,
-                        tokens[slot, :n].tolist(),
-                        logprobs[slot, :n].tolist(),
-                        bool(ended[slot]),
-                        renderer,
-                        sampling,
-                    )
-            statistics.tool_seconds += time.perf_counter() - began
-        statistics.episodes += len(wave)
-        yield from (live.finish() for live in wave)
-
-
-def _request(wave: list[_Live], wave_size: int, width: int) -> TurnRequest:
-    """The pending tokens of the running episodes; finished ones and the unused slots of the last wave rest."""
-    tokens = np.zeros((wave_size, width), np.int32)
-    counts, episode, sample, turn = (np.zeros(wave_size, np.int32) for _ in range(4))
-    for slot, live in enumerate(wave):
-        if live.status is None:
-            tokens[slot, : len(live.pending)] = live.pending
-            counts[slot] = len(live.pending)
-            episode[slot], sample[slot], turn[slot] = live.episode.index, live.episode.sample, live.turn
-    arrays: Any = (tokens, counts, episode, sample, turn)  # host arrays in the device's record
-    return TurnRequest(*arrays)
+    compiled = programs(config, sampling, devices, options.tensor)
+    automaton = stops.build(renderer.tokenizer, config.vocab_size, renderer.end_ids, sampling.stop)
+    engine = Engine(compiled, compiled.load(params), automaton, options, statistics, seed=seed, policy=policy)
+    prefixes = SharedPrefix(renderer)
+    conversations = {
+        position: ChatConversation(episode, renderer, sampling, prefixes, options.result_kib * 1024)
+        for position, episode in enumerate(episodes)
+    }
+    order = {id(conversation): position for position, conversation in conversations.items()}
+    held: dict[int, Trajectory] = {}
+    following = 0
+    for conversation in engine.run(list(conversations.values())):
+        trajectory: Trajectory = conversation.result()
+        statistics.episodes += 1
+        statistics.failed += trajectory.status in FAILED
+        statistics.truncated += trajectory.status in ("truncated", "turn_limit", "length_limit")
+        if as_finished:
+            yield trajectory
+            continue
+        held[order[id(conversation)]] = trajectory
+        while following in held:
+            yield held.pop(following)
+            following += 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import resource
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,58 +15,7 @@ import pytest
 
 from subl_jax import data
 from subl_jax.trajectory import Trajectory
-
-TOOLS = [{"type": "function", "function": {"name": "read_file", "description": "läse", "parameters": {}}}]
-
-
-def trajectory(
-    episode: int, sample: int = 0, length: int = 7, text: str = "hello", logprobs: np.ndarray | None = None
-) -> Trajectory:
-    rng = np.random.default_rng([episode, sample])
-    mask = np.zeros(length, bool)
-    mask[length // 2 :] = True
-    if logprobs is None:
-        logprobs = np.where(mask, rng.normal(size=length), 0).astype(np.float32)
-    return Trajectory(
-        episode=episode,
-        task_id=f"safe/train/search/0/{episode}",
-        sample=sample,
-        tokens=rng.integers(0, 2**31 - 1, length, dtype=np.int32),
-        loss_mask=mask,
-        logprobs=logprobs,
-        messages=[
-            {"role": "user", "content": text},
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [
-                    {"type": "function", "function": {"name": "read_file", "arguments": {"path": text, "n": 3}}}
-                ],
-            },
-            {"role": "tool", "name": "read_file", "content": text},
-        ],
-        tools=TOOLS,
-        status="final",
-        done=episode % 2 == 0,
-    )
-
-
-def malformed(**changes) -> Trajectory:
-    """A trajectory as it would come from code that nobody type-checks."""
-    item = trajectory(0)
-    for name, value in changes.items():
-        object.__setattr__(item, name, value)
-    return item
-
-
-def assert_same(actual: Trajectory, expected: Trajectory) -> None:
-    for name in ("tokens", "loss_mask", "logprobs"):
-        a, b = getattr(actual, name), getattr(expected, name)
-        assert a.dtype == b.dtype, name
-        assert a.tobytes() == b.tobytes(), name
-    for name in ("episode", "task_id", "sample", "messages", "tools", "status", "done"):
-        assert getattr(actual, name) == getattr(expected, name), name
-        assert type(getattr(actual, name)) is type(getattr(expected, name)), name
+from tests.data.episodes import assert_same, failed, malformed, run_python, trajectory
 
 
 @pytest.fixture
@@ -115,6 +63,69 @@ def test_extreme_log_probabilities_survive(tmp_path):
     assert data.read(tmp_path / "d")[0].logprobs.tobytes() == values.tobytes()
 
 
+@pytest.mark.parametrize("error", ["Timeout: 30 s", "open: 'fil\udce9'", "\ud800 漢字"])
+def test_an_episode_that_failed_before_its_first_token_survives_with_its_error(tmp_path, error):
+    items = [failed(0, "tool_timeout", error), trajectory(1), failed(2, "tool_error", error)]
+    data.write(tmp_path / "d", items, metadata={})
+    for actual, expected in zip(data.read(tmp_path / "d"), items, strict=True):
+        assert_same(actual, expected)
+    lines = [json.loads(line) for line in (tmp_path / "d" / "trajectories.jsonl").read_text().splitlines()]
+    assert [line.get("error", "absent") for line in lines] == [error, "absent", error]
+
+
+def write_without_errors(directory: Path, records: list[dict[str, Any]]) -> None:
+    """A dataset as it was written before episodes could fail, by TFDS' own builder and without this project's code."""
+    import tensorflow_datasets as tfds
+
+    class Trajectories(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            arrays = {"tokens": np.int32, "loss_mask": np.bool_, "logprobs": np.float32}
+            columns = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in arrays.items()}
+            columns |= {name: tfds.features.Text() for name in ("task_id", "messages", "tools", "status")}
+            columns |= {"episode": np.int64, "sample": np.int64, "done": np.bool_}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(columns), disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": enumerate(records)}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    builder = Trajectories(data_dir=str(directory / "tfds"), file_format="array_record")
+    builder.download_and_prepare()
+    for path in Path(builder.data_dir).iterdir():
+        path.rename(directory / path.name)
+    sizes = {
+        path.name: [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+        for path in directory.iterdir()
+        if path.is_file()
+    }
+    body = {"format": 1, "count": len(records), "files": sizes, "metadata": {"teacher": "old"}}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    body["digest"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    (directory / "metadata.json").write_text(json.dumps(body))
+
+
+def test_a_dataset_without_the_error_column_still_reads(tmp_path):
+    items = [trajectory(e, length=4 + e) for e in range(3)]
+    records = [
+        {
+            **{name: value for name, value in vars(item).items() if name != "error"},
+            "messages": json.dumps(item.messages),
+            "tools": json.dumps(item.tools),
+        }
+        for item in items
+    ]
+    write_without_errors(tmp_path, records)
+    for actual, expected in zip(data.read(tmp_path), items, strict=True):
+        assert_same(actual, expected)
+        assert actual.error == ""
+
+
 def test_jsonl_holds_messages_and_tools_per_line(dataset):
     directory, items = dataset
     lines = (directory / "trajectories.jsonl").read_text().splitlines()
@@ -149,7 +160,7 @@ def test_directory_is_a_plain_tfds_dataset(dataset):
         ([trajectory(1, 1), trajectory(1, 0)], "sort by"),
         ([malformed(loss_mask=np.zeros(3, bool))], "loss_mask has 3 entries for 7 tokens"),
         ([malformed(tokens=np.zeros(7, np.int64))], "tokens is int64"),
-        ([trajectory(0, length=0)], "no tokens"),
+        ([trajectory(0, length=0)], "no tokens and status final, not tool_error or tool_timeout"),
     ],
 )
 def test_malformed_input_is_refused_before_anything_is_written(tmp_path, items, message):
@@ -222,6 +233,19 @@ def test_a_file_in_the_way_is_a_one_line_error(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_full_disk_is_one_line_with_a_remedy_and_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Real errors from the writer's own threads: no file may grow beyond this.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(data.DatasetError, match="File too large; raise the file size limit") as caught:
+            data.write(tmp_path / "d", [trajectory(0, length=50_000)], metadata={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -230,16 +254,6 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(data.DatasetError, match="No space left on device; free some space"):
         data.write(tmp_path / "d", [trajectory(0)], metadata={})
     assert list(tmp_path.iterdir()) == []
-
-
-def run_python(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]), **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 WRITE = """
@@ -252,18 +266,25 @@ WRITE = """
 """
 
 
-def test_kill_in_the_middle_leaves_no_directory_and_the_next_write_succeeds(tmp_path):
+@pytest.mark.parametrize(("hashed", "left"), [("lines.jsonl", ".d.shards"), ("trajectories.jsonl", ".d.partial")])
+def test_kill_in_the_middle_leaves_no_directory_and_the_next_write_succeeds(tmp_path, hashed, left):
     killed = run_python(
         WRITE
         + """
-    artifacts.file_manifest = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    whole = artifacts.file_manifest
+    def kill(path):
+        if (path / sys.argv[2]).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(path)
+    artifacts.file_manifest = kill
     data.write(sys.argv[1], [item], metadata={})
     """,
         str(tmp_path / "d"),
+        hashed,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "d").exists()
-    assert (tmp_path / ".d.partial").exists()  # it did get that far
+    assert (tmp_path / left).exists()  # it did get that far
     data.write(tmp_path / "d", [trajectory(0)], metadata={})
     assert_same(data.read(tmp_path / "d")[0], trajectory(0))
     assert [path.name for path in tmp_path.iterdir()] == ["d"]

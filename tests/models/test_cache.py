@@ -46,12 +46,11 @@ def test_cached_turns_equal_one_full_prefill_with_uneven_slots():
 
 def test_padding_writes_nothing_into_the_cache():
     params = parameters(CONFIG)
-    cache = kv.Cache(*(jnp.full_like(field, 7) for field in kv.empty_cache(CONFIG, 2, 6)))._replace(
-        lengths=jnp.asarray([2, 6], jnp.int32)
-    )
+    cache = jax.tree.map(lambda buffer: jnp.full_like(buffer, 7), kv.empty_cache(CONFIG, 2, 6))
+    cache = cache._replace(lengths=jnp.asarray([2, 6], jnp.int32))
     _, after = feed(params, jnp.ones((2, 3), jnp.int32), jnp.asarray([1, 0]), cache)
-    for field in (after.keys, after.values):
-        changed = np.asarray(field != 7).any(axis=(0, 3, 4))
+    for field in (*(jnp.swapaxes(keys, 2, 3) for keys in after.keys), *after.values):
+        changed = np.asarray(field != 7).any(axis=(1, 3))
         assert changed.tolist() == [[False, False, True, False, False, False], [False] * 6]
     assert after.lengths.tolist() == [3, 6]
 
@@ -59,7 +58,7 @@ def test_padding_writes_nothing_into_the_cache():
 def test_what_an_earlier_episode_left_behind_is_not_seen():
     params = parameters(CONFIG)
     clean = kv.empty_cache(CONFIG, 1, 8)
-    dirty = kv.Cache(clean.keys + 3.0, clean.values - 5.0, clean.lengths)
+    dirty = jax.tree.map(lambda buffer: buffer + 3.0, clean)._replace(lengths=clean.lengths)
     tokens, counts = jnp.asarray([[4, 9, 1]], jnp.int32), jnp.asarray([3])
     np.testing.assert_array_equal(feed(params, tokens, counts, clean)[0], feed(params, tokens, counts, dirty)[0])
 
@@ -68,5 +67,6 @@ def test_what_an_earlier_episode_left_behind_is_not_seen():
 def test_an_empty_cache_holds_nothing(slots):
     cache = kv.empty_cache(CONFIG, slots, CAPACITY)
     assert cache.capacity == CAPACITY
-    assert cache.keys.shape == cache.values.shape == (2, slots, CAPACITY, 2, 4)
+    assert [buffer.shape for buffer in cache.keys] == [(slots, 2, 4, CAPACITY)] * 2
+    assert [buffer.shape for buffer in cache.values] == [(slots, 2, CAPACITY, 4)] * 2
     assert cache.lengths.tolist() == [0] * slots

@@ -16,7 +16,7 @@ import numpy as np
 from subl_jax.chat.messages import Message, ToolCall, ToolSchema, calls_of, system, tool, user
 from subl_jax.chat.rendering import Renderer
 from subl_jax.models.config import ModelConfig
-from subl_jax.rollout.engine import Episode
+from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.settings.interface import Task
 from tests.chat import samples

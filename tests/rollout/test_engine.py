@@ -10,7 +10,9 @@ import pytest
 
 from subl_jax.chat.messages import ToolCall, assistant, calls_of, tool
 from subl_jax.chat.rendering import Renderer
-from subl_jax.rollout.engine import Episode, RolloutStatistics, rollout
+from subl_jax.rollout.conversation import Episode
+from subl_jax.rollout.engine import rollout
+from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.settings.interface import Environment
 from subl_jax.trajectory import Trajectory
 from tests.chat import samples
@@ -146,7 +148,9 @@ def test_statistics_count_what_the_trajectories_hold():
     assert statistics.sampled_tokens == sum(int(t.loss_mask.sum()) for t in made)
     # An end token that is followed by another turn is fed with that turn's prompt.
     fed_ends = sum(len(turns(t)) - 1 for t in made)
-    assert statistics.prefilled_tokens == sum(int((~t.loss_mask).sum()) for t in made) + fed_ends
+    fed = statistics.prefilled_tokens + statistics.shared_tokens
+    assert fed == sum(int((~t.loss_mask).sum()) for t in made) + fed_ends
+    assert statistics.shared_tokens > 0
     assert statistics.device_seconds > 0 and statistics.tool_seconds > 0
 
 
