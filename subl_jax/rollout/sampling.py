@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 # Far beyond any logit and far within PADDING_LOGIT: no bias and no temperature makes a padding row likely.
 _LARGEST = 1e6
@@ -94,6 +94,38 @@ def turn_key(
     for name in (policy, episode, sample, turn):
         key = jax.random.fold_in(key, name)
     return key
+
+
+# Rotations of Threefry-2x32, and how often they are gone through: 20 rounds, the key injected after every 4 (Salmon et
+# al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def _threefry(
+    key: UInt32[Array, "slots 2"], first: UInt32[Array, "slots #count"], second: UInt32[Array, "#slots count"]
+) -> tuple[UInt32[Array, "slots count"], UInt32[Array, "slots count"]]:
+    """Threefry-2x32 of counters (first, second): the cipher of `jax.random`, which on CPUs runs its rounds in a loop that
+    is not vectorised: 2.8 ms for the noise of [64, 1536] on two cores, where this takes 0.5.
+    """
+    schedule = (key[:, :1], key[:, 1:], key[:, :1] ^ key[:, 1:] ^ jnp.uint32(0x1BD11BDA))
+    x, y = first + schedule[0], second + schedule[1]
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x = x + y
+            y = x ^ ((y << rotation) | (y >> (32 - rotation)))
+        x = x + schedule[(group + 1) % 3]
+        y = y + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x, y
+
+
+def gumbel(keys: Key[Array, " slots"], steps: Int[Array, " slots"], vocab_size: int) -> Float[Array, "slots vocab"]:
+    """The noise of one draw: standard Gumbel, a function of each slot's key, its step, and the token's id."""
+    half = -(-vocab_size // 2)
+    counters = jnp.arange(half, dtype=jnp.uint32)[None]
+    bits = _threefry(jax.random.key_data(keys), steps.astype(jnp.uint32)[:, None], counters)
+    # The upper 23 bits as a number in (0, 1): never 0 or 1, whose noise would be infinite.
+    uniform = ((jnp.concatenate(bits, axis=1)[:, :vocab_size] >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    return -jnp.log(-jnp.log(uniform))
 
 
 def check_vocabulary(sampling: SamplingConfig, vocab_size: int) -> None:
@@ -182,9 +214,7 @@ def draw(
     if sampling.temperature == 0:
         tokens = jnp.argmax(scores, axis=-1)
     else:
-        noise = jax.vmap(lambda key, step: jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:]))(
-            keys, steps
-        )
+        noise = gumbel(keys, steps, logits.shape[1])
         tokens = jnp.argmax(truncate(scores / sampling.temperature, sampling) + noise, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.extend.random import threefry_2x32
 from scipy import stats
 from scipy.special import log_softmax
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from subl_jax.models.decoder import PADDING_LOGIT
-from subl_jax.rollout.sampling import SamplingConfig, check_vocabulary, draw, truncate, turn_key
+from subl_jax.rollout.sampling import SamplingConfig, check_vocabulary, draw, gumbel, truncate, turn_key
 
 # Three policies that slots take turns in: one of a usual shape, a flat one, a peaked one. The last two tokens are padding
 # rows of the vocabulary.
@@ -218,6 +219,22 @@ def test_padding_rows_are_never_drawn(options):
 
 
 # --- Greedy, precision, log-probabilities -------------------------------------------------------------------------------
+
+
+def test_the_noise_is_threefry_as_jax_has_it():
+    keys, steps, vocab = KEYS[:3], jnp.asarray([0, 5, 9]), 11
+    noise = np.asarray(jax.jit(gumbel, static_argnums=2)(keys, steps, vocab))
+    for slot in range(3):
+        key = jax.random.key_data(keys[slot])
+        words = np.asarray([threefry_2x32(key, jnp.asarray([steps[slot], n], jnp.uint32)) for n in range(6)])
+        uniform = ((words.T.reshape(-1)[:vocab] >> 9).astype(np.float64) + 0.5) / 2**23
+        np.testing.assert_allclose(noise[slot], -np.log(-np.log(uniform)), rtol=2e-5, atol=2e-6)
+
+
+def test_the_noise_is_gumbel_distributed():
+    noise = np.asarray(gumbel(KEYS[:50], jnp.arange(50), 1001)).reshape(-1)
+    assert np.isfinite(noise).all()
+    assert stats.kstest(noise, "gumbel_r").pvalue > 1e-4
 
 
 @pytest.mark.parametrize("truncation", [{}, dict(top_k=2, top_p=0.5, min_p=0.5)])
