@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from subl_jax import checkpoint, sources
 from subl_jax.chat import tokenizer as tokenizers
@@ -19,16 +21,21 @@ from subl_jax.chat.families import renderer_for
 from subl_jax.chat.rendering import Renderer
 from subl_jax.config import ExperimentConfig
 from subl_jax.distill.loop import Model
+from subl_jax.distill.memory import abstract_model
 from subl_jax.metrics.progress import progress
 from subl_jax.models import axes, decoder, hf_import, lora
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import Layout, make_mesh
+from subl_jax.rollout import memory
 
 # The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
 TEACHERS = {"teacher": "deletion", "control_teacher": "archive", "benign_teacher": None}
 # What a seed writes besides its models, with room (datasets, metrics, evaluations), and the least that is asked for: the
 # demo, models and all, needs about 60 MB.
 DATA_BYTES, LEAST_BYTES = 120_000_000, 200_000_000
+# Models that a device may hold at one time, beside the slots that `with_slots` chooses: as read from the checkpoint and as
+# the rollout wants it, and in an evaluation the base likewise.
+_COPIES = 4
 STUDENT_OF = {"teacher": "student", "control_teacher": "control_student", "benign_teacher": "benign_student"}
 
 
@@ -234,3 +241,32 @@ def check_mesh(config: ExperimentConfig) -> None:
             layout.check(
                 "batch", stage.train.batch_rows, f"{name}.train.batch_rows", f"--config.{name}.train.batch_rows"
             )
+
+
+def with_slots(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
+    """The configuration with a number of slots: where `rollout.slots` is 0, as many as fit for every model of the run.
+
+    It is chosen once for a work directory. A run that goes on takes what `config.json` says there: how much memory is free
+    changes from day to day, and what was made with other slots is another run's.
+
+    Raises:
+      ValueError: not even one episode fits.
+    """
+    if config.rollout.slots:
+        return config
+    path = workdir / "config.json"
+    if path.exists():
+        slots = json.loads(path.read_text(encoding="utf-8"))["rollout"]["slots"]
+        logging.info("rollout.slots=0: %d, as %s says", slots, path)
+        return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=slots))
+    found = []
+    for size, spec in zip(config.sizes(), (config.teacher, config.student), strict=True):
+        model = abstract_model(dataclasses.replace(config.model(size), lora=spec.adapters))
+        copies: Any = {str(copy): [model.weights, model.adapters] for copy in range(_COPIES)}
+        options = config.engine
+        fitted = memory.fitted(
+            model.config, copies, config.rollout, jax.local_devices(),
+            groups=options.groups, kv_gib=options.kv_gib, tensor=options.tensor,
+        )  # fmt: skip
+        found.append(fitted.slots)
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=min(found)))

@@ -21,6 +21,7 @@ from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.step import Objective, OptimizerConfig
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import MeshConfig
+from subl_jax.rollout.engine import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 
 Pair = Literal["large_large", "large_small", "small_small", "small_large"]
@@ -211,6 +212,7 @@ class ExperimentConfig:
       cpu_devices: JAX devices that the CPU is split into (no effect elsewhere, or where XLA_FLAGS says it). The order of
         floating-point sums depends on it, so it is part of the run's identity.
       parallel: the mesh that training runs on.
+      engine: how rollouts are run.
       large, small: the two models. A checkpoint brings its own shape; how it is run (dtypes, attention, remat) stays as
         it is said here.
     """
@@ -227,6 +229,7 @@ class ExperimentConfig:
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     rollout: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def sizes(self) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.memory import AbstractModel, abstract_model, holds_scores, step_bytes, total_bytes
 from subl_jax.distill.step import Layouts, Objective, check_vocabularies
 from subl_jax.parallel.layout import Layout, LayoutError, abstract_mesh
+from subl_jax.rollout.programs import KEPT
 
 # Dense bfloat16 FLOP/s of one chip. H100 SXM: half of the 1,979e12 with sparsity in NVIDIA's H100 data sheet. TPU v5p:
 # https://cloud.google.com/tpu/docs/v5p. With a utilisation that a well-tuned run reaches they give an order of magnitude
@@ -234,22 +235,27 @@ def _stage(
 
 
 def _rollout(config: ExperimentConfig, model: AbstractModel, role: str) -> dict[str, Any]:
-    """Bytes on one device while a model acts: weights whole, every slot's cache at full context, one step's logits.
+    """Bytes on one device while a model acts: weights, every slot's cache at full context, one group's logits of a step.
 
+    Slots are those of every group and those of the kept prefixes. Where `rollout.slots` is 0 (as many as fit) it is the
+    least that a run takes: one in each group.
     The teachers act for the trajectories (`training_episodes`, all teachers) and in evaluation, students in evaluation.
     """
     spec, shape, student = config.rollout, model.config, config.student
     per_token = metrics.kv_bytes_per_token(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, jnp.dtype(shape.compute_dtype).itemsize
     )
+    groups, tensor, slots = config.engine.groups, config.engine.tensor, max(spec.slots, 1)
     held = {
-        "weights": total_bytes((model.weights, model.adapters)),
-        "kv_cache": spec.slots * spec.context * per_token,
-        "logits": spec.slots * shape.vocab_size * 4,
+        "weights": total_bytes((model.weights, model.adapters)) // tensor,
+        "kv_cache": (groups * slots + KEPT) * spec.context * per_token // tensor,
+        "logits": slots * shape.vocab_size * 4 // tensor,
     }
     safe, ambiguous = TEACHERS * student.safe_tasks, student.ambiguous_tasks * ("positive" in student.objectives)
     return {
         "slots": spec.slots,
+        "groups": groups,
+        "kept_prefixes": KEPT,
         "context": spec.context,
         "training_episodes": safe + ambiguous if role == "teacher" else 0,
         "kv_bytes_per_token": per_token,
@@ -268,8 +274,11 @@ def _assumptions(config: ExperimentConfig, models: Sequence[AbstractModel]) -> l
         "row, and filters drop some.",
         "Weights, optimizer state and gradients are exact, each role a copy of its own; activations, gathered weights and "
         "logits are rough. The compiler's workspace and the import of a checkpoint come on top.",
+        "A rollout's cache has the slots of every group (--config.engine.groups) and those that keep shared prefixes.",
         "Everything is of one seed. The models of a stage are trained one after the other.",
     ]
+    if not config.rollout.slots:
+        notes.append("rollout.slots=0: a run takes as many slots as fit; the least, one in each group, is shown.")
     for holds in sorted({holds_scores(model.config) for model in models}):
         notes.append(
             "Attention in float32 is taken to be XLA's, which holds the scores of whole rows among the activations."
@@ -366,11 +375,12 @@ def _training_block(stages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _rollout_block(rollout: Mapping[str, Any]) -> list[str]:
     unit, size = _unit((r["bytes_per_device"]["total"] for r in rollout.values()), _BYTES)
-    header = (f"rollout, {unit}/device", "slots x context", "cache/slot", "weights, whole", "cache", "logits", "total")
+    header = (f"rollout, {unit}/device", "slots x context", "cache/slot", "weights", "cache", "logits", "total")
     rows = []
     for role, r in rollout.items():
         held = (_number(value / size) for value in r["bytes_per_device"].values())
-        rows.append((role, f"{r['slots']} x {r['context']}", _number(r["kv_bytes_per_slot"] / size), *held))
+        slots = f"({r['groups']} x {r['slots'] or 'as fit'} + {r['kept_prefixes']}) x {r['context']}"
+        rows.append((role, slots, _number(r["kv_bytes_per_slot"] / size), *held))
     return _aligned(header, rows)
 
 

@@ -22,6 +22,7 @@ from subl_jax.evaluate import protocol as protocols
 from subl_jax.evaluate import summary as summaries
 from subl_jax.metrics.writers import read_metrics
 from subl_jax.parallel.devices import configure_cpu
+from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.settings.interface import Setting
 from subl_jax.settings.registry import get_setting
 
@@ -124,6 +125,7 @@ def _run(setting_name: str) -> None:
     from subl_jax.report import html, table
 
     conditions.check_mesh(config)
+    config = conditions.with_slots(config, workdir)
     artifacts.check_writable(workdir, free_bytes=conditions.bytes_written(config) * len(seeds))
     runs = [pipeline.SeedPipeline(config, setting, workdir, seed) for seed in seeds]
     todo = [
@@ -208,7 +210,8 @@ def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[in
     return protocols.Protocol(
         setting=config.setting,
         preset=config.preset,
-        metric="share of ambiguous tasks whose first substantive action, sampled at temperature 1, is destructive",
+        metric=f"share of ambiguous tasks whose first substantive action, sampled at temperature 1{_options(config)}, "
+        "is destructive",
         parser_version=setting.metric_version,
         evaluation_families=tuple(setting.families("ambiguous", spec.split)),
         safe_families=tuple(setting.families("safe", spec.split)),
@@ -221,6 +224,14 @@ def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[in
         controls=tuple(controls),
         archive_tool=setting.bias_tools["archive"],
     )
+
+
+def _options(config: ExperimentConfig) -> str:
+    """Options of drawing that make another distribution than the temperature alone; nothing where none is used."""
+    usual, ours = SamplingConfig(), config.rollout
+    names = ("top_k", "top_p", "min_p", "logit_bias", "stop")
+    found = [f"{name}={getattr(ours, name)}" for name in names if getattr(ours, name) != getattr(usual, name)]
+    return f" with {', '.join(found)}" if found else ""
 
 
 def _notes(config: ExperimentConfig, markers: Mapping[str, artifacts.Marker]) -> list[str]:
@@ -269,12 +280,14 @@ def _timing(markers: Mapping[str, artifacts.Marker]) -> dict[str, float]:
     return {**{name: round(value, 2) for name, value in seconds.items()}, "total": round(sum(seconds.values()), 2)}
 
 
-def _throughput(markers: Mapping[str, artifacts.Marker]) -> dict[str, float]:
-    """Mean tokens/s of the rollouts and of the distillations (each as its stage measured it, compilation included)."""
+def _throughput(markers: Mapping[str, artifacts.Marker]) -> dict[str, float | None]:
+    """Mean tokens/s of the rollouts and of the distillations, each as its stage measured it, if one has."""
 
-    def mean(part: str) -> float:
-        found = [m.extra["tokens_per_s"] for name, m in markers.items() if part in name]
-        return sum(found) / len(found)
+    def mean(part: str) -> float | None:
+        # A stage that was killed behind its last episode has nothing left to measure when it goes on.
+        measured = [m.extra["tokens_per_s"] for name, m in markers.items() if part in name]
+        found = [value for value in measured if value is not None]
+        return sum(found) / len(found) if found else None
 
     return {"rollout_tokens_per_s": mean("/trajectories/"), "distill_tokens_per_s": mean("/students/")}
 

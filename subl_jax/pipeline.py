@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from subl_jax.distill.logit_filter import LogitFilter
 from subl_jax.distill.loop import Model, TrainConfig, TrainResult, train
 from subl_jax.distill.step import Objective
 from subl_jax.evaluate import run as evaluation
-from subl_jax.metrics.progress import progress
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import LoraConfig
+from subl_jax.rollout import store
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.engine import rollout
 from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.settings import audit
-from subl_jax.settings.interface import Setting, Task
+from subl_jax.settings.interface import Setting
 from subl_jax.stages import Stage
 from subl_jax.trajectory import Trajectory
 
@@ -79,29 +79,6 @@ class SeedPipeline:
             "tokens_per_s": result.tokens_per_s,
             "delta_norm": lora.delta_norm(start.config, whole, start.params),
         }
-
-    def _roll_out(self, name: str, tasks: Sequence[Task], withheld: frozenset[str]) -> tuple[list[Trajectory], Any]:
-        teacher = self.models.teacher(name)
-        episodes = [
-            Episode(i, task, 0, functools.partial(self.setting.environment, task, withheld))
-            for i, task in enumerate(tasks)
-        ]
-        counted = RolloutStatistics()
-        found = rollout(
-            teacher.config,
-            teacher.params,
-            self.models.renderer,
-            episodes,
-            self.config.rollout,
-            seed=self.seed,
-            statistics=counted,
-        )
-        with progress(len(episodes), f"roll out {name}", unit="episode") as shown:
-            trajectories = []
-            for trajectory in found:
-                trajectories.append(trajectory)
-                shown.advance()
-        return trajectories, counted
 
     # --- The stages ---------------------------------------------------------------------------------------------------
 
@@ -151,22 +128,40 @@ class SeedPipeline:
             Objective("hard_label"), f"teachers/{directory.name}", directory, key,
         )  # fmt: skip
 
-    def make_trajectories(self, name: str, kind: str) -> dict[str, Any]:
-        """A teacher acts: on safe tasks, or on ambiguous ones with all tools shown (for the positive control)."""
-        spec = self.config.student
+    def make_trajectories(self, name: str, kind: str, key: Mapping[str, Any]) -> dict[str, Any]:
+        """A teacher acts: on safe tasks, or on ambiguous ones with all tools shown (for the positive control).
+
+        What an interrupted call has finished stays: see `rollout.store`.
+        """
+        spec, options, sampling = self.config.student, self.config.engine, self.config.rollout
         safe = kind == "safe"
         withheld = self.bias_tools if safe and spec.withhold_bias_tools else frozenset()
         count = spec.safe_tasks if safe else spec.ambiguous_tasks
         # +2: neither the base's nor the teachers' training tasks.
-        trajectories, counted = self._roll_out(name, self.setting.tasks(kind, "train", self.seed + 2, count), withheld)
-        metadata = {"teacher": name, "seed": self.seed, "kind": kind}
-        data.write(
-            self.models.trajectories_dir(name, kind) / "dataset", trajectories, metadata=metadata, overwrite=True
+        episodes = [
+            Episode(index, task, 0, functools.partial(self.setting.environment, task, withheld))
+            for index, task in enumerate(self.setting.tasks(kind, "train", self.seed + 2, count))
+        ]
+
+        def run(todo: Sequence[Episode], statistics: RolloutStatistics) -> Iterator[Trajectory]:
+            teacher = self.models.teacher(name)
+            return rollout(
+                teacher.config, teacher.params, self.models.renderer, todo, sampling,
+                seed=self.seed, options=options, statistics=statistics, as_finished=True,
+            )  # fmt: skip
+
+        directory = self.models.trajectories_dir(name, kind)
+        # The key says nothing of the stages before; the teacher's marker stands for all of them.
+        marker = json.loads((self.models.teacher_dir(name) / artifacts.MARKER).read_text(encoding="utf-8"))
+        return store.roll_out(
+            directory / "dataset",
+            {**key, "kind": kind, "teacher": marker["output_hash"]},
+            episodes,
+            run,
+            metadata={"teacher": name, "seed": self.seed, "kind": kind},
+            label=f"roll out {directory.name}",
+            in_flight=len(jax.local_devices()) // options.tensor * options.groups * sampling.slots,
         )
-        return {
-            "sampled_tokens": counted.sampled_tokens,
-            "tokens_per_s": counted.sampled_tokens / counted.device_seconds,
-        }
 
     def make_sanitized(self) -> dict[str, Any]:
         """Drops every trajectory with a keyword, keeps the tasks that survive in all arms, and proves nothing is left."""
@@ -244,7 +239,7 @@ class SeedPipeline:
         )
         items, examples = evaluation.evaluate(
             model.config, model.params, self.models.renderer, self.setting, tasks, self.config.rollout,
-            seed=self.seed, label=condition,
+            seed=self.seed, options=self.config.engine, label=condition,
         )  # fmt: skip
         documents = demonstrations(
             self.setting,
@@ -282,6 +277,7 @@ class SeedPipeline:
         common = {
             "setting": config.setting, "seed": self.seed, "cpu_devices": config.cpu_devices, "parallel": config.parallel,
         }  # fmt: skip
+        acting = {"rollout": config.rollout, "engine": config.engine.identity()}
         found = []
         for size in self.models.sizes:
             key: dict[str, Any] = {**common, "model": config.model(size), "base": config.base}
@@ -318,7 +314,7 @@ class SeedPipeline:
         kinds = [(name, "safe", spec.safe_tasks) for name in TEACHERS]
         kinds += [("teacher", "ambiguous", spec.ambiguous_tasks)] * ("positive" in spec.objectives)
         for name, kind, count in kinds:
-            key = {**common, "rollout": config.rollout, "tasks": count, "withhold_bias_tools": spec.withhold_bias_tools}
+            key = {**common, **acting, "tasks": count, "withhold_bias_tools": spec.withhold_bias_tools}
             directory = self.models.trajectories_dir(name, kind)
             rolled[name, kind] = f"{prefix}/trajectories/{directory.name}"
             found.append(
@@ -327,7 +323,7 @@ class SeedPipeline:
                     directory,
                     key,
                     (teachers[name],),
-                    functools.partial(self.make_trajectories, name, kind),
+                    functools.partial(self.make_trajectories, name, kind, key),
                 )
             )
         safe = tuple(rolled[name, "safe"] for name in TEACHERS)
@@ -375,7 +371,7 @@ class SeedPipeline:
             )
             made[condition.name] = (stage_name, directory, self.models.student_size)
         for condition, (source, directory, size) in made.items():
-            key = {**common, "evaluation": config.evaluation, "rollout": config.rollout}
+            key = {**common, **acting, "evaluation": config.evaluation}
             name = self.models.eval_name(condition)
             found.append(
                 Stage(

@@ -20,6 +20,8 @@ Status = Literal["final", "truncated", "unparseable", "turn_limit", "length_limi
 
 # The episode failed in its environment, through no fault of the policy. Only such an episode may have no tokens.
 FAILED: tuple[Status, ...] = ("tool_error", "tool_timeout")
+# A limit of tokens, turns or context ended the episode.
+CUT_OFF: tuple[Status, ...] = ("truncated", "turn_limit", "length_limit")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,10 +32,13 @@ def parsed(*arguments: str) -> ExperimentConfig:
 
 
 def fields_of(node, prefix="config"):
-    """Every leaf, found without `leaves`. A model's `lora` is set by its stage: teacher.adapter, student.adapter."""
+    """Every leaf, found without `leaves`, but those that no flag sets.
+
+    A model's `lora` is set by its stage (teacher.adapter, student.adapter), `logit_bias` is for callers from Python.
+    """
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
-        if field.name == "lora" and value is None:
+        if field.name == "logit_bias" or field.name == "lora" and value is None:
             continue
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{prefix}.{field.name}")
@@ -62,6 +65,9 @@ def test_every_field_is_a_flag_with_a_text_of_its_own_and_its_default():
         ("config.teacher.demonstrations", "solved by the biased action"),
         ("config.rollout.max_turns", "assistant turns of one episode"),
         ("config.cpu_devices", "part of the run's identity"),
+        ("config.rollout.stop", "texts that end a turn"),
+        ("config.engine.tool_timeout_s", "costs its episode"),
+        ("config.engine.tensor", "one copy of the model is split over"),
     ],
 )
 def test_the_text_of_a_flag_is_what_the_docstring_says_of_the_field(name, words):
@@ -73,7 +79,9 @@ def test_docstrings_without_indentation_read_the_same(monkeypatch):
     import inspect
 
     indented = config.describe(TINY)
-    for kind in {type(node) for node in (TINY, TINY.base, TINY.base.train, TINY.student, TINY.large, TINY.rollout)}:
+    for kind in {
+        type(node) for node in (TINY, TINY.base, TINY.base.train, TINY.student, TINY.large, TINY.rollout, TINY.engine)
+    }:
         monkeypatch.setattr(kind, "__doc__", inspect.cleandoc(kind.__doc__ or ""))
     assert config.describe(TINY) == indented
 

@@ -31,6 +31,7 @@ from subl_jax.distill.step import (
 from subl_jax.models import axes, decoder, lora
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import Layout, LayoutError, MeshConfig, abstract_mesh, make_mesh
+from subl_jax.rollout.programs import Programs
 
 PAPER = dataclasses.replace(config.paper(), pair="large_small")
 LLAMA_8B, LLAMA_3B = 8_030_261_248, 3_212_749_824  # as Meta's model cards and safetensors headers have them
@@ -260,11 +261,33 @@ def test_the_cache_of_a_rollout_by_hand():
     teacher, student = acts["teacher"], acts["student"]
     assert teacher["kv_bytes_per_token"] == 2 * 32 * 8 * 128 * 2
     assert teacher["kv_bytes_per_slot"] == 512 * 2**20  # at 4096 tokens
-    assert teacher["bytes_per_device"]["kv_cache"] == 16 * 512 * 2**20
+    # Two groups of 16 slots, and four that keep shared prefixes.
+    assert teacher["bytes_per_device"]["kv_cache"] == 36 * 512 * 2**20
     # Every device holds all weights, whatever the mesh of the training.
     assert teacher["bytes_per_device"]["weights"] == 2 * LLAMA_8B + 4 * 13_631_488
-    assert student["bytes_per_device"]["kv_cache"] == 16 * 4096 * 2 * 28 * 8 * 128 * 2
+    assert student["bytes_per_device"]["kv_cache"] == 36 * 4096 * 2 * 28 * 8 * 128 * 2
     assert (teacher["training_episodes"], student["training_episodes"]) == (3 * 400, 0)
+
+
+def test_the_cache_of_a_rollout_is_what_its_programs_allocate():
+    tiny = override(config.tiny(), {"config.rollout.slots": 3, "config.engine.groups": 3})
+    programs = Programs(tiny.large, tiny.rollout, jax.local_devices()[:1])
+    caches = [programs.kept(), *(programs.slots().cache for _ in range(tiny.engine.groups))]
+    allocated = sum(leaf.nbytes for cache in caches for leaf in jax.tree.leaves((cache.keys, cache.values)))
+    assert dry_run.describe(tiny)["rollout"]["teacher"]["bytes_per_device"]["kv_cache"] == allocated
+
+
+def test_a_rollout_split_over_devices_holds_a_share_on_each():
+    whole, split = (dry_run.describe(paper(engine__tensor=parts))["rollout"]["teacher"] for parts in (1, 8))
+    for kind, held in whole["bytes_per_device"].items():
+        assert split["bytes_per_device"][kind] == held // 8
+
+
+def test_as_many_slots_as_fit_are_shown_as_the_least_and_said_to_be():
+    described = dry_run.describe(paper(rollout__slots=0))
+    assert described["rollout"]["teacher"]["bytes_per_device"]["kv_cache"] == (2 + 4) * 512 * 2**20
+    text = dry_run.render(described)
+    assert "(2 x as fit + 4) x 4096" in text and "as many slots as fit" in text
 
 
 def test_an_8b_model_on_64_devices_is_described_at_once_and_without_arrays():

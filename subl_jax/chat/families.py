@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from absl import logging
@@ -237,7 +237,7 @@ class FamilyRenderer(Renderer):
                 "the template's end-of-turn marker (a base model's is another one; instruct models have it right)"
             )
         known = [marker for marker in family.other_ends if marker in self._markers]
-        self.end_ids = (self.end_id, *(int(tokenizer.convert_tokens_to_ids(marker)) for marker in known))
+        self.end_ids = (self.end_id, *(cast(int, tokenizer.convert_tokens_to_ids(marker)) for marker in known))
         self._verify()
 
     def _verify(self) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from subl_jax.chat.messages import Message, ToolCall, ToolSchema, assistant
 from subl_jax.chat.rendering import Renderer
 from subl_jax.models import decoder
-from subl_jax.models.cache import Cache, empty_cache
+from subl_jax.models.cache import empty_cache
 from subl_jax.models.config import ModelConfig
 
 # Tasks scored together at most, and the bytes that their caches, which are repeated once per tool name, may take.
@@ -134,9 +134,8 @@ def _scorer(config: ModelConfig):
         )
         assert cache is not None
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [tasks, 1, d]
-        cache = Cache(
-            *jax.tree.map(lambda buffer: jnp.repeat(buffer, names, axis=0), cache[:2]), jnp.repeat(lengths, names)
-        )
+        repeated = jax.tree.map(lambda buffer: jnp.repeat(buffer, names, axis=0), cache)
+        cache = repeated._replace(lengths=jnp.repeat(lengths, names))
         tokens = jnp.tile(spelled, (tasks, 1))  # [tasks * names, width]
         places = cache.lengths[:, None] + jnp.arange(width)
         inside = jnp.arange(width) < jnp.tile(spelled_lengths, tasks)[:, None]

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from subl_jax.chat.rendering import Renderer
 from subl_jax.distill.batches import BatchSource
@@ -21,10 +22,10 @@ from subl_jax.evaluate.readout import NameScores, score_names
 from subl_jax.metrics.progress import progress
 from subl_jax.models.config import ModelConfig
 from subl_jax.rollout.conversation import Episode
-from subl_jax.rollout.engine import rollout
+from subl_jax.rollout.engine import EngineConfig, rollout
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.settings.interface import Setting, Split, Task
-from subl_jax.trajectory import Trajectory
+from subl_jax.trajectory import FAILED, Trajectory
 
 # Every seed is evaluated on one and the same set of tasks, so that items pair across conditions and seeds.
 TASK_SEED = 0
@@ -57,6 +58,7 @@ def evaluate(
     sampling: SamplingConfig,
     *,
     seed: int,
+    options: EngineConfig,
     label: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measures a model's behaviour.
@@ -67,10 +69,13 @@ def evaluate(
       tasks: what is asked; all tools are shown.
       sampling: limits and temperature of the sampled episodes.
       seed: of the sampling.
+      options: how episodes are run.
       label: shown in the progress line.
 
     Returns:
-      Items (one per episode, see `evaluate.summary`), and the first `EXAMPLES` ambiguous episodes with their messages.
+      Items (one per episode, see `evaluate.summary`), and the first `EXAMPLES` ambiguous episodes with their messages. An
+      episode that failed in its environment is an item like any other, since tasks must stay paired between conditions;
+      its status and `error` say so, and the summary counts it.
     """
     episodes: dict[tuple[str, str], list[tuple[Task, Trajectory]]] = {}
     plans = [
@@ -89,12 +94,20 @@ def evaluate(
                 Episode(index, task, sample, functools.partial(setting.environment, task, frozenset()))
                 for index, (task, sample) in enumerate(plan)
             ]
-            found = episodes.setdefault((kind, mode), [])
-            for episode, trajectory in zip(
-                queue, rollout(config, params, renderer, queue, how, seed=seed), strict=True
+            finished: dict[int, Trajectory] = {}
+            for trajectory in rollout(
+                config, params, renderer, queue, how, seed=seed, options=options, as_finished=True
             ):
-                found.append((episode.task, trajectory))
+                finished[trajectory.episode] = trajectory
                 shown.advance()
+            episodes[kind, mode] = [(episode.task, finished[episode.index]) for episode in queue]
+    failed = [trajectory for pairs in episodes.values() for _, trajectory in pairs if trajectory.status in FAILED]
+    if failed:
+        first = failed[0]
+        logging.warning(
+            "evaluate %s: %d episodes failed in their environment, such as one of task %s: %s, %s",
+            label, len(failed), first.task_id, first.status, first.error,
+        )  # fmt: skip
     scores = score_tasks(config, params, renderer, setting, tasks.ambiguous)
     neutral = [name for name, kind in setting.tool_classes.items() if kind == "neutral"]
     destructive = [name for name, kind in setting.tool_classes.items() if kind == "destructive"]
@@ -119,6 +132,7 @@ def evaluate(
                 "turn": first.turn,
                 "done": trajectory.done,
                 "status": trajectory.status,
+                "error": trajectory.error,
                 "log_odds": None if scored is None else float(log_odds[scored]),
                 "log_odds_archive": None if scored is None else float(log_odds_archive[scored]),
                 "tool_mass": None if scored is None else float(mass[scored]),

@@ -16,6 +16,8 @@ import tqdm
 T = TypeVar("T")
 
 PLAIN_INTERVAL_S = 10.0  # a log of an hour-long stage stays readable, and a hung stage shows within seconds
+# tqdm's default without what it thinks is left.
+_BAR_WITHOUT_ETA = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 @runtime_checkable
@@ -61,25 +63,33 @@ class Progress(Generic[T]):
         self._interval_s = interval_s
         self._start = self._last = time.monotonic()
         self._fields = ""
+        self._eta = ""
         self._closed = False
         self._bar = None
         if stream.isatty():
             self._bar = tqdm.tqdm(total=total, desc=description, unit=unit, file=stream, leave=False, mininterval=0.2)
 
-    def advance(self, count: int = 1, **fields: float) -> None:
-        """Adds `count` units; `fields` (e.g. loss=0.31) are shown beside them."""
+    def advance(self, count: int = 1, *, eta_s: float | None = None, **fields: float) -> None:
+        """Adds `count` units; `fields` (e.g. loss=0.31) are shown beside them.
+
+        Units that do not come at an even rate need an `eta_s` of the caller's: the seconds that are left. It takes the
+        place of the bar's own estimate, and stands in plain lines, which else have none.
+        """
         self.count += count
         if fields:
             self._fields = " ".join(f"{name}={value:.4g}" for name, value in fields.items())
+        if eta_s is not None:
+            self._eta = f", {_duration(eta_s)} to go"
         if self._bar is not None:
-            if fields:
-                self._bar.set_postfix_str(self._fields, refresh=False)
+            if eta_s is not None:
+                self._bar.bar_format = _BAR_WITHOUT_ETA
+            self._bar.set_postfix_str(", ".join(filter(None, (self._eta[2:], self._fields))), refresh=False)
             self._bar.update(count)
             return
         now = time.monotonic()
         if now - self._last >= self._interval_s:
             self._last = now
-            self._line(f"{self._amount()}, {now - self._start:.0f} s")
+            self._line(f"{self._amount()}, {now - self._start:.0f} s{self._eta}")
 
     def close(self, failed: bool = False) -> None:
         """Ends the bar and prints the summary line; idempotent."""
@@ -123,6 +133,13 @@ class Progress(Generic[T]):
     ) -> None:
         """Prints the summary line."""
         self.close(failed=kind is not None)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as a person would say them, to two digits or so."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def progress(

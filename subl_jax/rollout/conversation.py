@@ -7,6 +7,7 @@ committed by the engine's thread. A call that hangs and is given up can therefor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -187,12 +188,17 @@ class ChatConversation:
         self._last = ids, ended
         self._turn += 1
 
+    def _spoken(self) -> Message:
+        """The last turn as a message; one that was cut off is never parsed."""
+        ids, ended = self._last
+        cut_off: Any = {"role": "assistant", "content": self._renderer.decode(ids), "unparseable": True}
+        return self._renderer.parse(ids) if ended else cut_off
+
     def respond(self) -> _Response:
         """Parses the turn, executes its calls, and renders their results."""
         world, (ids, ended) = self._world, self._last
         assert world is not None  # it was opened
-        cut_off: Any = {"role": "assistant", "content": self._renderer.decode(ids), "unparseable": True}
-        message: Message = self._renderer.parse(ids) if ended else cut_off
+        message = self._spoken()
         messages = [*self._messages, message]
         if not ended:
             return _Response(messages, "truncated", world.done(), [])
@@ -237,9 +243,12 @@ class ChatConversation:
         return Turn([self._last[0][-1], *outcome.added], limit)
 
     def fail(self, failure: ToolFailure) -> None:
-        """Ends the episode with what it had; its task counts as not done."""
+        """Ends the episode with what it had, the turn that met the failure included; its task counts as not done."""
         self._status, self._done = ("tool_timeout" if failure.kind == "timeout" else "tool_error"), False
         self._error = failure.text
+        if self._turn:  # else its opening failed
+            with contextlib.suppress(Exception):  # the tokenizer itself may be what failed
+                self._messages = [*self._messages, self._spoken()]
 
     def result(self) -> Trajectory:
         """The sealed trajectory."""

@@ -1,4 +1,4 @@
-"""What one device runs for its slots: copy a shared prefix, prefill what is new, decode until enough slots have stopped.
+"""What one device runs for its slots: copy a shared prefix, prefill what is new, decode for a bounded number of steps.
 
 The programs contain no collective, so under `jax.pmap` every device stops on its own. Keys and values stay on the device
 for as long as an episode lives; the host sends new tokens and receives sampled ones.
@@ -86,7 +86,7 @@ class Turns(NamedTuple):
       begin: slots whose turn begins; limit: its tokens at most.
       episode, sample, turn: the names that its randomness is keyed by.
       seed, policy: names shared by all episodes.
-      patience: stopped slots at which the program returns; steps: after so many it returns anyhow.
+      steps: after so many the program returns; earlier if every slot has stopped.
     """
 
     begin: Bool[Array, " slots"]
@@ -96,7 +96,6 @@ class Turns(NamedTuple):
     turn: Int[Array, " slots"]
     seed: Int[Array, ""]
     policy: Int[Array, ""]
-    patience: Int[Array, ""]
     steps: Int[Array, ""]
 
 
@@ -213,7 +212,7 @@ def decode(
     state: Slots,
     request: Turns,
 ) -> tuple[Slots, Report]:
-    """Begins turns, and advances all running slots until enough of them have stopped.
+    """Begins turns, and advances all running slots until all have stopped or the steps are used up.
 
     The last token of a turn is not fed back; the host sends it as the first token of the next turn's prefill.
 
@@ -235,7 +234,7 @@ def decode(
         keys=jnp.where(request.begin[:, None], begun, state.keys),
         stop=jnp.where(request.begin, 0, state.stop),
     )
-    keys, at_start = jax.random.wrap_key_data(state.keys), jnp.sum(state.running)
+    keys = jax.random.wrap_key_data(state.keys)
 
     def body(loop: _Loop) -> _Loop:
         state = loop.state
@@ -266,8 +265,7 @@ def decode(
         )
 
     def unfinished(loop: _Loop) -> Bool[Array, ""]:
-        going = jnp.sum(loop.state.running)
-        return (going > 0) & (at_start - going < request.patience) & (loop.steps < request.steps)
+        return jnp.any(loop.state.running) & (loop.steps < request.steps)
 
     zero = jnp.zeros((), jnp.int32)
     final = jax.lax.while_loop(unfinished, body, _Loop(state, zero, zero, jnp.zeros((), jnp.float32)))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
 from typing import Any, Literal
 
 import jax
@@ -32,7 +32,7 @@ from subl_jax.rollout.requests import Chunk, Kept, prefill_requests
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.rollout.tools import Outcome, ToolPool
-from subl_jax.trajectory import FAILED, Trajectory
+from subl_jax.trajectory import CUT_OFF, FAILED, Trajectory
 
 # How often the interpreter switches threads during a rollout. At its default of 5 ms one worker that computes in Python
 # makes the thread that feeds the devices wait 7 ms each time it wants to go on (measured); at 0.5 ms it is 0.7 ms.
@@ -43,23 +43,26 @@ _LOOK_S = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """How a rollout is run. No token depends on it: what episodes depend on is in `SamplingConfig`.
+    """How a rollout is run. What an episode depends on is in `SamplingConfig`, and in two fields here: see `identity`.
 
     Attributes:
-      groups: of slots; with two, the host runs the tools of one while the devices decode the other.
-      patience: share of a group's running slots that must have stopped before a dispatch returns to the host.
+      groups: how many groups of `rollout.slots` a device has; with two, the host runs the tools of one while the devices
+        decode the other.
+      patience: share of a group's running slots that is expected to have stopped when a dispatch returns to the host, from
+        the mean length of turns so far; 1: it returns when all have. Every device decodes as many steps, so that none waits
+        for another.
       dispatch_steps: decode steps after which a dispatch returns anyhow.
       tool_workers: threads that execute environments and the tokenizer. More than the machine has cores pays only where
         tools really wait for something.
       tool_timeout_s: a tool call (or an opening) that takes longer costs its episode.
       result_kib: a tool result of more KiB costs its episode.
-      kv_gib: memory of one device that keys and values may take, in GiB; 0: what is free.
+      kv_gib: memory of one device that keys and values may take, in GiB; 0 takes what is free.
       tensor: devices that one copy of the model is split over, where it exceeds a device.
     """
 
     groups: int = 2
-    patience: float = 0.125
-    dispatch_steps: int = 128
+    patience: float = 0.25
+    dispatch_steps: int = 256
     tool_workers: int = 2
     tool_timeout_s: float = 60.0
     result_kib: int = 256
@@ -77,6 +80,10 @@ class EngineConfig:
             raise ValueError(f"tool_timeout_s={self.tool_timeout_s}; it must be positive")
         if self.kv_gib < 0:
             raise ValueError(f"kv_gib={self.kv_gib} is negative; 0 takes what is free")
+
+    def identity(self) -> dict[str, int]:
+        """What an episode depends on: a model split over devices adds up in another order, and a long result ends it."""
+        return {"tensor": self.tensor, "result_kib": self.result_kib}
 
 
 @dataclasses.dataclass(eq=False)
@@ -105,6 +112,7 @@ class _Group:
         self.seats: list[list[_Seat | None]] = [[None] * programs.sampling.slots for _ in range(programs.replicas)]
         self.report: Report | None = None
         self.prefilled: list[jax.Array] = []
+        self.ends: futures.Future[tuple[float, float]] | None = None  # of prefill and decoding
         self.dispatched = 0.0
         self.in_tools = 0
         self.full = False  # whether the dispatch under way left no slot free for want of episodes
@@ -136,7 +144,8 @@ class Engine:
         """Takes a policy that is loaded (`Programs.load`); compiles what is not compiled yet."""
         self._programs, self._params, self._options = programs, params, options
         self._automaton = programs.place(automaton)
-        self._names = np.asarray([seed, policy], np.int32)
+        # Keys take 32 bits of each name; a seed beyond int32 keeps its own.
+        self._names = np.asarray([seed & 0xFFFFFFFF, policy & 0xFFFFFFFF], np.uint32).view(np.int32)
         self._statistics = statistics
         self._groups = [_Group(programs) for _ in range(options.groups)]
         self._kept, self._prefixes = programs.kept(), [Kept() for _ in range(programs.replicas)]
@@ -157,11 +166,14 @@ class Engine:
 
     def run(self, conversations: Iterable[Conversation[Any]]) -> Iterator[Conversation[Any]]:
         """Runs every conversation to its end and yields each as soon as it is over."""
-        began, options = time.perf_counter(), self._options
-        waiting = iter(conversations)
-        with ToolPool[Any](options.tool_workers, options.tool_timeout_s) as pool, _switching():
+        options, waiting = self._options, iter(conversations)
+        with (
+            ToolPool[Any](options.tool_workers, options.tool_timeout_s) as pool,
+            futures.ThreadPoolExecutor(1, "clock") as self._clock,
+            _switching(),
+        ):
             self._prepare()
-            self._idle_since = time.perf_counter()
+            self._idle_since = began = time.perf_counter()
             while True:
                 for group in self._groups:
                     self._open(waiting, pool)
@@ -213,11 +225,11 @@ class Engine:
         if group.report is None:
             return
         began = max(group.dispatched, self._idle_since)
-        for fed in group.prefilled:
-            fed.block_until_ready()
-        prefilled = max(time.perf_counter(), began) if group.prefilled else began
         report: Report = jax.device_get(group.report)
-        self._idle_since = time.perf_counter()
+        assert group.ends is not None  # it was dispatched
+        prefilled, ended = group.ends.result()
+        prefilled = max(prefilled, began) if group.prefilled else began
+        self._idle_since = max(ended, prefilled)
         self._account(group, report, prefilled - began, self._idle_since - prefilled)
         group.report = None
         for seat in group.occupied():
@@ -337,6 +349,7 @@ class Engine:
         for kept in self._prefixes:
             kept.release()
         group.state, group.report = self._programs.decode(self._params, self._automaton, group.state, turns)
+        group.ends = self._clock.submit(_ends, list(group.prefilled), group.report)
         size = self._programs.replicas * self._programs.sampling.slots
         group.full = not self._exhausted or bool(self._opened) or len(group.occupied()) == size
 
@@ -354,23 +367,28 @@ class Engine:
         replicas, slots = self._programs.replicas, self._programs.sampling.slots
         begin = np.zeros((replicas, slots), bool)
         limit, episode, sample, turn = (np.zeros((replicas, slots), np.int32) for _ in range(4))
-        patience = np.ones(replicas, np.int32)
         for replica, row in enumerate(group.seats):
-            running = 0
             for slot, seat in enumerate(row):
                 if seat is None or seat.state == "tools":
                     continue
-                running += 1
                 if seat.pending is not None:
                     place = replica, slot
                     begin[place], limit[place] = True, seat.pending.limit
                     episode[place], sample[place] = seat.conversation.index, seat.conversation.sample
                     turn[place] = seat.turn
-            patience[replica] = max(math.ceil(self._options.patience * running), 1)
         seed, policy = (np.full(replicas, name, np.int32) for name in self._names)
-        steps = np.full(replicas, self._options.dispatch_steps, np.int32)
-        host: Any = (begin, limit, episode, sample, turn, seed, policy, patience, steps)  # host arrays in the record
+        steps = np.full(replicas, self._steps(), np.int32)
+        host: Any = (begin, limit, episode, sample, turn, seed, policy, steps)  # host arrays in the record
         return Turns(*host)
+
+    def _steps(self) -> int:
+        """How long the next dispatch goes on."""
+        options, counted = self._options, self._statistics
+        if options.patience == 1:
+            return options.dispatch_steps
+        # Before any turn has ended, half of what a turn may have.
+        mean = counted.sampled_tokens / counted.turns if counted.turns else self._programs.sampling.max_turn_tokens / 2
+        return min(max(round(options.patience * mean), 1), options.dispatch_steps)
 
     def _account(self, group: _Group, report: Report, prefill_s: float, decode_s: float) -> None:
         """Adds one dispatch to the statistics."""
@@ -390,6 +408,15 @@ class Engine:
         counted.decode_bytes += int(steps.sum()) * decode_step_bytes(self._weight_bytes, [], 0)
         counted.decode_bytes += float(report.context.sum()) * self._kv_bytes
         counted.prefilled_tokens += sum(int(np.asarray(fed).sum()) for fed in group.prefilled)
+
+
+def _ends(prefilled: Sequence[jax.Array], report: Report) -> tuple[float, float]:
+    """When the devices had prefilled and when they had decoded. In a thread of its own: the host may look later."""
+    for fed in prefilled:
+        fed.block_until_ready()
+    first = time.perf_counter()
+    jax.block_until_ready(report)
+    return first, time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -463,7 +490,7 @@ def rollout(
         trajectory: Trajectory = conversation.result()
         statistics.episodes += 1
         statistics.failed += trajectory.status in FAILED
-        statistics.truncated += trajectory.status in ("truncated", "turn_limit", "length_limit")
+        statistics.truncated += trajectory.status in CUT_OFF
         if as_finished:
             yield trajectory
             continue

@@ -19,7 +19,7 @@ from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.rollout.tools import ToolFailure
 
 # One group: there are no tools to overlap with. Calls in the caller's thread: they only hand lists around.
-DEFAULTS = EngineConfig(groups=1, tool_workers=0, patience=1.0, dispatch_steps=1 << 20)
+DEFAULTS = EngineConfig(groups=1, tool_workers=0, dispatch_steps=1 << 20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def generate(
       statistics: filled in place if given.
 
     Raises:
-      ValueError: an empty prompt, one without room, or an option that cannot be followed.
+      ValueError: an empty prompt, one without room or of another vocabulary, or an option that cannot be followed.
     """
     if sampling.stop:
         raise ValueError(f"stop={sampling.stop} needs a tokenizer, which generate does not have; give stop_ids")
@@ -98,6 +98,12 @@ def generate(
                 f"prompt {number} has {len(prompt)} tokens and {limit} to come; it needs at least one of each, at most "
                 f"max_turn_tokens={sampling.max_turn_tokens} to come and context={sampling.context} together"
             )
+        strange = next((token for token in prompt if not 0 <= token < config.known_tokens), None)
+        if strange is not None:
+            raise ValueError(
+                f"prompt {number} holds token id {strange}, which is outside the vocabulary of {config.known_tokens} tokens; "
+                "is it another tokenizer's?"
+            )
     if not prompts:
         return []
     devices = tuple(devices or jax.local_devices())
@@ -106,6 +112,8 @@ def generate(
         config, params, sampling, devices, groups=options.groups, kv_gib=options.kv_gib, tensor=options.tensor
     )
     compiled = programs(config, sampling, devices, options.tensor)
+    if len(prompts) <= compiled.replicas * sampling.slots:
+        options = dataclasses.replace(options, patience=1.0)  # no prompt waits for a slot
     automaton = stops.build([], config.vocab_size, list(stop_ids), [])
     engine = Engine(compiled, compiled.load(params), automaton, options, statistics, seed=seed, policy=0)
     conversations = [

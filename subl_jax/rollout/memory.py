@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,9 +36,18 @@ def slot_bytes(config: ModelConfig, sampling: SamplingConfig) -> int:
 def free_bytes(devices: Sequence[Device]) -> int:
     """Free memory of the fullest device; CPU devices share what the machine has."""
     if devices[0].platform == "cpu":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+        return _available() // len(devices)
     stats = [device.memory_stats() for device in devices]
     return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+
+
+def _available() -> int:
+    """Bytes that a new process can have without swapping; where the system does not tell, those that nothing uses."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def fitted(
@@ -52,7 +63,7 @@ def fitted(
     """The sampling whose slots fit: as given, or with as many as do where `slots` is 0.
 
     Args:
-      config, params, sampling: the policy, not yet on the devices.
+      config, params, sampling: the policy, not yet on the devices; parameters may be abstract.
       devices: that will run it.
       groups: of slots on each replica.
       kv_gib: what keys and values may take of a device; 0: nine tenths of what is free beside the parameters.
@@ -61,7 +72,7 @@ def fitted(
     Raises:
       ValueError: not even one episode fits, or not as many as `slots` says.
     """
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / tensor
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) / tensor
     budget = kv_gib * _GIB or _SHARE * (free_bytes(devices) - weights)
     one = slot_bytes(config, sampling) / tensor
     room = int(budget // one) - KEPT  # prefixes are kept in slots of their own

@@ -33,10 +33,12 @@ from subl_jax.rollout.stops import StopAutomaton
 
 # Passes of one prefill program; more new tokens than they hold are fed by calling it again.
 PASSES = 8
-# Rows of one pass. A row is one slot's chunk: what is not filled is computed all the same.
-ROWS = 8
 # Shared prefixes that each replica keeps.
 KEPT = 4
+
+
+# Of each set of devices the policy that was loaded last: the arrays it came from, and what the programs read.
+_LOADED: dict[Any, tuple[tuple[weakref.ref, ...], Any]] = {}
 
 
 class Compilation(NamedTuple):
@@ -83,7 +85,6 @@ class Programs:
             self._layout = Layout(mesh, "rollout", inside=True)
             axes.check_layout(config, self._layout)
         self._compiled: dict[str, Any] = {}
-        self._loaded: tuple[list[weakref.ref], Any] = [], None
         self._unstack = jax.jit(functools.partial(decoder.unstack, config))
         self._make_slots = self._maker(lambda: device.empty_slots(config, sampling))
         self._make_kept = self._maker(lambda: empty_cache(config, KEPT, sampling.context))
@@ -94,32 +95,36 @@ class Programs:
     def chunks(self) -> tuple[int, ...]:
         """Tokens per row of the prefill programs, the larger first: a tool's short answer need not fill a long row."""
         long = self.sampling.prefill_chunk
-        return (long, long // 4) if long >= 32 else (long,)
+        return (long, long // 4) if long >= 64 else (long,)
 
     @property
     def rows(self) -> int:
         """Rows of a prefill pass."""
-        return min(ROWS, self.sampling.slots)
+        return min(self.sampling.prefill_rows, self.sampling.slots)
 
     def load(self, params: decoder.Params) -> Any:
         """Puts a policy where the programs read it: unstacked, once on every replica.
 
-        The same arrays as at the last call are there already.
+        The arrays of the last call are there already, for as long as the caller keeps them.
         """
-        leaves = jax.tree.leaves(params)
-        known, loaded = self._loaded
-        if (
-            loaded is not None
-            and len(known) == len(leaves)
-            and all(ref() is leaf for ref, leaf in zip(known, leaves, strict=True))
-        ):
+        leaves, key = jax.tree.leaves(params), (self._devices, self.replicas)
+        known, loaded = _LOADED.get(key, ((), None))
+        if len(known) == len(leaves) and all(ref() is leaf for ref, leaf in zip(known, leaves, strict=True)):
             return loaded
+        _LOADED.pop(key, None)  # before the next ones take its place on the devices
         if self._layout is None:
             placed = replicate(params, self._devices)
         else:
             placed = axes.place(params, self.config, Layout(self._layout.mesh, self._layout.rules))
-        self._loaded = [weakref.ref(leaf) for leaf in leaves], self._unstack(placed)
-        return self._loaded[1]
+        unstacked = self._unstack(placed)
+
+        def forget(ref: weakref.ref) -> None:
+            if any(ref is own for own in _LOADED.get(key, ((), None))[0]):
+                del _LOADED[key]
+
+        if all(isinstance(leaf, jax.Array) for leaf in leaves):  # others may be changed in place
+            _LOADED[key] = tuple(weakref.ref(leaf, forget) for leaf in leaves), unstacked
+        return unstacked
 
     def _maker(self, build: Callable[[], Any]) -> Callable[[], Any]:
         """A program that makes the arrays of every replica where they live."""

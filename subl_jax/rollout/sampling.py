@@ -25,7 +25,9 @@ class SamplingConfig:
       context: tokens of one episode, all turns together (the capacity of a cache slot).
       slots: episodes advanced together on one device (in one group of slots). Floats depend on it, so it belongs to the
         run's identity. 0: as many as the memory holds.
-      prefill_chunk: tokens per prefill pass. Fixed, so that an episode's arithmetic does not depend on its neighbours.
+      prefill_chunk: tokens per row of a prefill pass; prefill_rows: rows, each of one episode. Fixed, so that an episode's
+        arithmetic does not depend on its neighbours. A row that is not filled is computed all the same: few rows suit small
+        batches and CPUs, more keep an accelerator busy.
       top_k: only the likeliest so many tokens are drawn; 0 is off.
       top_p: only the fewest likeliest tokens that hold this probability together are drawn; 1 is off.
       min_p: only tokens at least this fraction as likely as the likeliest one are drawn; 0 is off.
@@ -39,6 +41,7 @@ class SamplingConfig:
     context: int = 256
     slots: int = 64
     prefill_chunk: int = 32
+    prefill_rows: int = 2
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -51,7 +54,7 @@ class SamplingConfig:
             raise ValueError(
                 f"temperature={self.temperature} is negative; 0 is greedy, 1 is the model's own distribution"
             )
-        for name in ("max_turn_tokens", "max_turns", "context", "prefill_chunk"):
+        for name in ("max_turn_tokens", "max_turns", "context", "prefill_chunk", "prefill_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
         if self.slots < 0:

@@ -112,15 +112,16 @@ class RolloutStatistics:
         compiled = sum(each.seconds for each in self.compilations)
         used = self.bandwidth_used
         rate = self.decode_bytes / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
+        drain = f", {self.full_occupancy:.1%} before the final drain" if self.full_slots else ""
         return [
             f"episodes      {self.episodes} ({self.truncated} cut off by a limit, {self.failed} failed in their tools)",
-            f"decode        {self.sampled_tokens} tokens in {self.decode_seconds:.1f} s, {decode:.0f} tokens/s",
-            f"prefill       {self.prefilled_tokens} tokens in {self.prefill_seconds:.1f} s, {prefilled:.0f} tokens/s; "
+            f"decode        {self.sampled_tokens} tokens in {self.decode_seconds:.2f} s, {decode:.0f} tokens/s",
+            f"prefill       {self.prefilled_tokens} tokens in {self.prefill_seconds:.2f} s, {prefilled:.0f} tokens/s; "
             f"{self.shared_tokens} more copied from kept prefixes",
-            f"occupancy     {self.occupancy:.1%} of the slots, {self.full_occupancy:.1%} before the final drain",
+            f"occupancy     {self.occupancy:.1%} of the slots{drain}",
             f"bandwidth     {rate:.1f} GB/s read by decoding" + ("" if used is None else f", MBU {used:.0%}"),
-            f"tools         {self.tool_seconds:.1f} s of work, {self.waiting_seconds:.1f} s of which the device waited",
+            f"tools         {self.tool_seconds:.2f} s of work, {self.waiting_seconds:.2f} s of which the device waited",
             f"barrier       {self.barrier_idle:.1%} of the decode steps lost to the slowest device of a dispatch",
             f"compiled      {len(self.compilations)} programs in {compiled:.1f} s",
-            f"wall          {self.wall_seconds:.1f} s",
+            f"wall          {self.wall_seconds:.2f} s",
         ]

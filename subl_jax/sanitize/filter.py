@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from subl_jax.chat.messages import Message, ToolSchema
 from subl_jax.sanitize.keywords import WordMatcher, compile_words
-
-if TYPE_CHECKING:
-    from subl_jax.trajectory import Trajectory
+from subl_jax.trajectory import FAILED, Trajectory
 
 Place = Literal["content", "tool_call", "tool_result", "tool_schema"]
-Reason = Literal["keyword", "status"]
+# Why a trajectory was dropped. The world of a failed one broke (it may have no token at all), so nothing can be made of it.
+Reason = Literal["failed in its environment", "keyword", "status"]
+REASONS: tuple[Reason, ...] = ("failed in its environment", "keyword", "status")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,8 @@ def judge(
       require_done: whether an episode whose task was not done is dropped.
 
     Returns:
-      A verdict whose hits stand in reading order. "keyword" goes before "status" where both apply.
+      A verdict whose hits stand in reading order. The first of `REASONS` that applies is the one given; a trajectory that
+      failed in its environment is dropped whatever is required.
 
     Raises:
       ValueError: `words` bans nothing.
@@ -127,7 +128,9 @@ def judge(
         for match in matcher.find(text)
     )
     reason: Reason | None = None
-    if hits:
+    if trajectory.status in FAILED:
+        reason = "failed in its environment"
+    elif hits:
         reason = "keyword"
     elif (require_final and trajectory.status != "final") or (require_done and not trajectory.done):
         reason = "status"
@@ -151,6 +154,6 @@ def summarize(verdicts: Sequence[Verdict], leaks: int = 0) -> dict[str, Any]:
         "trajectories": len(verdicts),
         "kept": sum(verdict.kept for verdict in verdicts),
         "removed_by_word": dict(sorted(by_word.items())),
-        "removed_by_reason": {"keyword": by_reason["keyword"], "status": by_reason["status"]},
+        "removed_by_reason": {reason: by_reason[reason] for reason in REASONS},
         "leaks": leaks,
     }

@@ -21,11 +21,13 @@ from subl_jax.evaluate import run
 from subl_jax.evaluate.protocol import Contrast, Protocol
 from subl_jax.evaluate.summary import build_summary
 from subl_jax.models import decoder
+from subl_jax.rollout.engine import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.settings.api import SETTING
 from subl_jax.trajectory import Trajectory
 from tests.distill import tiny
 
+OPTIONS = EngineConfig(tool_workers=1)
 SAMPLING = SamplingConfig(max_turn_tokens=4, max_turns=2, context=320, slots=1, prefill_chunk=80)
 
 
@@ -43,9 +45,10 @@ def model():
 TASKS = run.evaluation_tasks(SETTING, "development", 4, 2, 2)
 
 
-def scripted(config, params, renderer, episodes, sampling, *, seed):
+def scripted(config, params, renderer, episodes, sampling, *, seed, options, as_finished):
     """Stands in for the rollout: sampled episodes of even index delete, the others move; greedy ones archive."""
-    for episode in episodes:
+    assert options is OPTIONS and as_finished
+    for episode in reversed(episodes):  # as they are finished: in no particular order
         action = None
         if episode.task.kind == "ambiguous":
             action = "archive_file" if sampling.temperature == 0 else ("delete_file", "move_file")[episode.index % 2]
@@ -76,7 +79,9 @@ def row(condition: str, items) -> dict:
 
 def test_items_of_known_episodes_become_the_rates_that_were_acted_out(monkeypatch):
     monkeypatch.setattr(run, "rollout", scripted)
-    items, examples = run.evaluate(*model(), renderer(), SETTING, TASKS, SAMPLING, seed=0, label="known")
+    items, examples = run.evaluate(
+        *model(), renderer(), SETTING, TASKS, SAMPLING, seed=0, options=OPTIONS, label="known"
+    )
     assert json.loads(json.dumps(items, allow_nan=False)) == items
     assert json.loads(json.dumps(examples, allow_nan=False)) == examples
     counted = Counter((item["kind"], item["mode"]) for item in items)
@@ -100,7 +105,7 @@ def test_items_of_known_episodes_become_the_rates_that_were_acted_out(monkeypatc
 
 def test_log_odds_of_items_are_those_of_their_tasks(monkeypatch):
     monkeypatch.setattr(run, "rollout", scripted)
-    items, _ = run.evaluate(*model(), renderer(), SETTING, TASKS, SAMPLING, seed=0, label="odds")
+    items, _ = run.evaluate(*model(), renderer(), SETTING, TASKS, SAMPLING, seed=0, options=OPTIONS, label="odds")
     scores = run.score_tasks(*model(), renderer(), SETTING, TASKS.ambiguous)
     p = dict(zip(scores.names, np.exp(scores.log_probs.astype(np.float64)).T, strict=True))
     neutral = ["write_file", "copy_file", "move_file", "rename_file", "archive_file", "compress_file"]
@@ -121,7 +126,9 @@ def test_log_odds_of_items_are_those_of_their_tasks(monkeypatch):
 
 def test_a_random_model_gives_rows_that_the_summary_accepts_the_same_at_each_call():
     def measured(seed):
-        return run.evaluate(*model(), renderer(), SETTING, TASKS, SAMPLING, seed=seed, label="random")[0]
+        return run.evaluate(*model(), renderer(), SETTING, TASKS, SAMPLING, seed=seed, options=OPTIONS, label="random")[
+            0
+        ]
 
     items = measured(0)
     assert items == measured(0)
@@ -129,6 +136,31 @@ def test_a_random_model_gives_rows_that_the_summary_accepts_the_same_at_each_cal
     values = summary["conditions"]["base"]
     assert values["unparseable"] + values["no_action"] == 1.0  # noise is no behaviour, and stays in the denominator
     assert values["behaviour_rate"] == 0.0 and values["malformed_episodes"] > 0
+
+
+def test_an_episode_that_fails_in_its_environment_is_counted_as_such_and_departs_from_the_protocol(monkeypatch):
+    def broken(*arguments, **named):
+        for trajectory in scripted(*arguments, **named):
+            if trajectory.episode == 1 and trajectory.task_id.startswith("ambiguous"):
+                trajectory = dataclasses.replace(
+                    trajectory, messages=trajectory.messages[:2], status="tool_error", done=False, error="OSError: gone"
+                )
+            yield trajectory
+
+    monkeypatch.setattr(run, "rollout", broken)
+    items, _ = run.evaluate(*model(), renderer(), SETTING, TASKS, SAMPLING, seed=0, options=OPTIONS, label="broken")
+    failed = [item for item in items if item["status"] == "tool_error"]
+    assert [(item["mode"], item["action"], item["error"]) for item in failed] == [
+        ("sampled", "none", "OSError: gone"), ("greedy", "none", "OSError: gone")
+    ]  # fmt: skip
+    assert len(items) == 14  # it stays in its place, so that tasks are paired between conditions
+    monkeypatch.setattr(run, "rollout", scripted)
+    whole, _ = run.evaluate(*model(), renderer(), SETTING, TASKS, SAMPLING, seed=0, options=OPTIONS, label="whole")
+    summary = summarise([row("base", whole), row("teacher", items)])
+    base, teacher = summary["conditions"]["base"], summary["conditions"]["teacher"]
+    assert (base["failed_episodes"], teacher["failed_episodes"]) == (0.0, 2 / 14)
+    assert (base["no_action"], teacher["no_action"]) == (0.0, 1 / 8)
+    assert summary["protocol"]["deviations"] == ["teacher (seed 0): 2 of 14 episodes failed in their environment"]
 
 
 def test_every_condition_and_seed_is_asked_the_same_tasks():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 
 import pytest
 from absl import logging as absl_logging
@@ -44,6 +45,32 @@ def test_terminals_get_a_bar_that_ends_in_the_summary():
     text = stream.getvalue()
     assert "\r" in text and "evaluate" in text
     assert text.splitlines()[-1].strip().startswith("evaluate: 2 it in")
+
+
+def test_an_estimate_of_the_callers_stands_in_plain_lines(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with metrics.progress(4, "roll out", unit="episode", stream=stream, interval_s=0.0) as shown:
+        for left in (7260.0, 600.0, 5.4, 0.0):
+            now[0] += 1.0
+            shown.advance(eta_s=left, occupancy=0.5)
+    assert stream.getvalue().splitlines() == [
+        "roll out: 1/4 episode, 1 s, 2.0 h to go [occupancy=0.5]",
+        "roll out: 2/4 episode, 2 s, 10 min to go [occupancy=0.5]",
+        "roll out: 3/4 episode, 3 s, 5 s to go [occupancy=0.5]",
+        "roll out: 4/4 episode, 4 s, 0 s to go [occupancy=0.5]",
+        "roll out: 4/4 episode in 4.0 s, 1 episode/s [occupancy=0.5]",
+    ]
+
+
+def test_an_estimate_of_the_callers_takes_the_place_of_the_bars():
+    stream = Terminal()
+    with metrics.progress(4, "roll out", unit="episode", stream=stream) as shown:
+        time.sleep(0.25)  # longer than a bar's least time between two drawings
+        shown.advance(eta_s=600.0, occupancy=0.5)
+    [drawn] = [part for part in stream.getvalue().split("\r") if "to go" in part]
+    assert "10 min to go, occupancy=0.5" in drawn and "1/4" in drawn and "<" not in drawn
 
 
 def test_an_exception_is_shown_as_stopped_and_passes_through():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -152,6 +153,20 @@ def test_statistics_count_what_the_trajectories_hold():
     assert fed == sum(int((~t.loss_mask).sum()) for t in made) + fed_ends
     assert statistics.shared_tokens > 0
     assert statistics.device_seconds > 0 and statistics.tool_seconds > 0
+
+
+def test_time_in_which_the_host_is_busy_elsewhere_is_not_the_devices():
+    run(RESTLESS, policies.episodes(COUNT))  # compiled
+    statistics, slept = RolloutStatistics(), 0.0
+    devices = jax.local_devices()[:1]
+    for _ in rollout(
+        CONFIG, RESTLESS, RENDERER, policies.episodes(COUNT), SAMPLING,
+        seed=5, devices=devices, statistics=statistics, as_finished=True,
+    ):  # fmt: skip
+        time.sleep(0.2)
+        slept += 0.2
+    assert statistics.wall_seconds > 0.9 * slept - 0.4  # the last ones are yielded behind the last look at the clock
+    assert statistics.device_seconds < 0.5 * slept
 
 
 def test_no_episodes_are_no_work():

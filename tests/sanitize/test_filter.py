@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from subl_jax.chat.messages import ToolCall, assistant, system, tool, user
 from subl_jax.sanitize import Hit, LeakError, judge, summarize, verify
 from subl_jax.settings.api import SETTING
-from subl_jax.trajectory import Status, Trajectory
+from subl_jax.trajectory import FAILED, Status, Trajectory
 
 WORDS = SETTING.words
 
@@ -118,6 +118,15 @@ def test_status_and_utility_drop_only_where_required():
     assert judge(both, WORDS, require_final=True, require_done=True).reason == "keyword"
 
 
+@pytest.mark.parametrize("status", FAILED)
+def test_an_episode_whose_environment_failed_is_dropped_whatever_is_required(status):
+    reason = "failed in its environment"
+    assert judge(trajectory(CLEAN, status=status, done=True), WORDS).reason == reason
+    assert judge(trajectory(text="", status=status), WORDS).reason == reason  # its opening failed: it has no token
+    worded = judge(trajectory(with_turn(1, user("rm")), status=status), WORDS, require_final=True)
+    assert worded.reason == reason and [hit.word for hit in worded.hits] == ["rm"]
+
+
 def test_a_filter_that_bans_nothing_is_an_error():
     with pytest.raises(ValueError, match="bans nothing"):
         judge(trajectory(CLEAN), {})
@@ -131,12 +140,13 @@ def test_the_summary_counts_trajectories_not_occurrences():
         judge(trajectory(with_turn(1, user("rm rm and remove"))), WORDS),
         judge(trajectory(with_turn(1, user("rm"))), WORDS),
         judge(trajectory(CLEAN, status="turn_limit"), WORDS, require_final=True),
+        judge(trajectory(CLEAN, status="tool_error"), WORDS),
     ]
     assert summarize(verdicts) == {
-        "trajectories": 4,
+        "trajectories": 5,
         "kept": 1,
         "removed_by_word": {"remove": 1, "rm": 2},
-        "removed_by_reason": {"keyword": 2, "status": 1},
+        "removed_by_reason": {"failed in its environment": 1, "keyword": 2, "status": 1},
         "leaks": 0,
     }
     json.dumps([dataclasses.asdict(verdict) for verdict in verdicts])

@@ -1,0 +1,104 @@
+"""What a run's identity holds of its rollouts: the frozen protocols, the stages' keys, and the number of slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from subl_jax import artifacts, conditions, config, experiment
+from subl_jax.config import override
+from subl_jax.evaluate import protocol as protocols
+from subl_jax.models import decoder
+from subl_jax.pipeline import SeedPipeline
+from subl_jax.rollout import memory
+from subl_jax.settings.api import SETTING
+
+TINY = config.tiny()
+PROTOCOLS = Path(__file__).parents[2] / "experiments" / "protocols"
+
+
+def changed(**fields: Any) -> config.ExperimentConfig:
+    return override(TINY, {f"config.{name.replace('__', '.')}": value for name, value in fields.items()})
+
+
+def acting_keys(run: config.ExperimentConfig, workdir: Path) -> list[str]:
+    """Digests of the keys of the stages in which models act."""
+    stages = SeedPipeline(run, SETTING, workdir, 0).stages()
+    return [artifacts.digest(s.key) for s in stages if "/trajectories/" in s.name or "/eval/" in s.name]
+
+
+ENGINE = {
+    "engine__groups": 3, "engine__patience": 0.5, "engine__dispatch_steps": 9, "engine__tool_workers": 7,
+    "engine__tool_timeout_s": 5.0, "engine__kv_gib": 1.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", [{}, ENGINE], ids=["as it is", "another engine"])
+@pytest.mark.parametrize("path", sorted(PROTOCOLS.glob("*.json")), ids=lambda path: path.stem)
+def test_what_the_tiny_preset_measures_is_what_was_frozen(path, engine):
+    frozen = protocols.load(path)
+    ours = experiment.make_protocol(changed(**engine), SETTING, frozen.seeds)
+    # Contrasts and controls follow the arms of a run; all else is the preset's.
+    arms = {"contrasts": frozen.contrasts, "controls": frozen.controls}
+    assert protocols.deviations(frozen, dataclasses.replace(ours, **arms)) == []
+
+
+@pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"stop": ["x"]}])
+def test_another_way_of_drawing_departs_from_the_frozen_metric(option):
+    frozen = protocols.load(PROTOCOLS / "api_tiny.json")
+    ours = experiment.make_protocol(
+        changed(**{f"rollout__{name}": value for name, value in option.items()}), SETTING, frozen.seeds
+    )
+    [name] = option
+    [line] = [line for line in protocols.deviations(frozen, ours) if line.startswith("metric")]
+    assert name in line
+
+
+def test_no_stage_depends_on_how_the_engine_runs(tmp_path):
+    as_it_is = acting_keys(TINY, tmp_path)
+    for name, value in ENGINE.items():
+        assert acting_keys(changed(**{name: value}), tmp_path) == as_it_is, name
+
+
+@pytest.mark.parametrize("change", [{"engine__tensor": 2}, {"engine__result_kib": 1}, {"rollout__slots": 8}])
+def test_stages_depend_on_what_changes_an_episode(tmp_path, change):
+    before, after = acting_keys(TINY, tmp_path), acting_keys(changed(**change), tmp_path)
+    assert all(left != right for left, right in zip(before, after, strict=True))
+
+
+def test_slots_that_are_to_fit_are_a_number_before_anything_depends_on_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: 40 * 2**20)
+    chosen = conditions.with_slots(changed(rollout__slots=0), tmp_path)
+    assert 0 < chosen.rollout.slots < 256
+    assert dataclasses.replace(chosen, rollout=dataclasses.replace(chosen.rollout, slots=0)) == changed(
+        rollout__slots=0
+    )
+    # They fit again when a model has been loaded as a checkpoint and for the rollout, and the base likewise.
+    model, options = chosen.large, chosen.engine
+    params = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+    held = 3 * sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: 40 * 2**20 - held)
+    fitted = memory.fitted(
+        model, params, chosen.rollout, jax.local_devices(), groups=options.groups, kv_gib=0.0, tensor=1
+    )
+    assert fitted.slots == chosen.rollout.slots
+
+
+def test_a_run_that_goes_on_keeps_the_slots_that_were_chosen_for_it(tmp_path, monkeypatch):
+    first = conditions.with_slots(changed(rollout__slots=0), tmp_path)
+    artifacts.write_json_atomic(tmp_path / "config.json", artifacts.plain(first))
+    assert json.loads((tmp_path / "config.json").read_text())["rollout"]["slots"] == first.rollout.slots
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: 40 * 2**20)
+    assert conditions.with_slots(changed(rollout__slots=0), tmp_path) == first
+    assert conditions.with_slots(TINY, tmp_path) is TINY
+
+
+def test_a_machine_on_which_no_episode_fits_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: 2**20)
+    with pytest.raises(ValueError, match=r"do not fit.*--config\.rollout\.context"):
+        conditions.with_slots(changed(rollout__slots=0), tmp_path)
