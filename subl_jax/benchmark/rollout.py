@@ -42,12 +42,14 @@ class Size:
       llama: options of transformers' `LlamaConfig`.
       prompt: tokens of each prompt.
       new_tokens: that follow it, always so many.
+      devices: JAX devices that ours splits a batch between.
       weights_seed, prompts_seed: of the random weights; of the prompts, with the number of the run.
     """
 
     llama: Mapping[str, Any]
     prompt: int
     new_tokens: int
+    devices: int = 1
     weights_seed: int = 1
     prompts_seed: int = 2
 
@@ -70,6 +72,7 @@ SIZES: Mapping[str, Size] = {
         },
         prompt=64,
         new_tokens=128,
+        devices=2,  # two programs of eight slots took 0.35 s on two cores where one of sixteen took 0.51 s
     ),
     # At least 100 M in all: every token reads all weights, so memory is the limit. Fewer tokens keep a run short.
     "large": Size(
@@ -79,13 +82,15 @@ SIZES: Mapping[str, Size] = {
         },
         prompt=64,
         new_tokens=32,
+        devices=1,  # weights are read once per step: two programs of eight slots took 2.8 s, one of sixteen 2.1 s
     ),
 }  # fmt: skip
 BATCHES = (1, 16, 64)
 DTYPE = "float32"
-# JAX devices that ours runs on; a batch is split between them. A CPU is split into so many (see `configure_cpu`): two
-# programs of eight slots took 0.35 s on two cores where one of sixteen took 0.51 s.
+# A CPU is split into so many JAX devices (see `configure_cpu`). How many of them a size runs on is said with it.
 DEVICES = 2
+# Prompts that ours feeds in one pass.
+PREFILL_ROWS = 8
 # Runs of the prefill alone (one new token), which decode rates are told without.
 PREFILL_ROUNDS = 5
 
@@ -171,7 +176,7 @@ def our_program(model: Model, size: Size, batch: int, generate: Callable[..., An
         call = ours.generate
     else:
         call = generate
-    devices = jax.local_devices()[: min(DEVICES, batch)]
+    devices = jax.local_devices()[: min(size.devices, batch)]
 
     def run(request: Request) -> list[list[int]]:
         sampling = SamplingConfig(
@@ -179,6 +184,8 @@ def our_program(model: Model, size: Size, batch: int, generate: Callable[..., An
             max_turn_tokens=request.new_tokens,
             context=size.prompt + size.new_tokens,
             slots=-(-batch // len(devices)),
+            prefill_chunk=size.prompt,
+            prefill_rows=PREFILL_ROWS,
         )
         done = call(model.config, model.params, request.prompts, sampling, devices=devices)
         return [completion.tokens for completion in done]

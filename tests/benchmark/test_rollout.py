@@ -191,7 +191,7 @@ def test_the_workload_is_registered_and_its_peers_are_known() -> None:
     assert workload.name == "rollout" and workload.peers == ("transformers", "transformers_compile", "tunix")
 
 
-def test_a_batch_is_split_over_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_split_over_the_devices() -> None:
     seen: list[tuple[int, int]] = []
 
     def generate(config: Any, params: Any, prompts: Any, sampling: Any, *, devices: Any) -> list[Any]:
@@ -199,7 +199,7 @@ def test_a_batch_is_split_over_the_devices(monkeypatch: pytest.MonkeyPatch) -> N
         return []
 
     model = rollout.Model(ModelConfig(), {})
-    monkeypatch.setattr(rollout, "DEVICES", 2)
     for batch in (1, 3, 16):
-        rollout.our_program(model, MICRO, batch, generate).run(Request([[1]] * batch, 2))
+        size = dataclasses.replace(MICRO, devices=2)
+        rollout.our_program(model, size, batch, generate).run(Request([[1]] * batch, 2))
     assert seen == [(1, 1), (2, 2), (8, 2)]
