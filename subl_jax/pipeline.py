@@ -37,7 +37,7 @@ from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.settings import audit
 from subl_jax.settings.interface import Setting
 from subl_jax.stages import Stage
-from subl_jax.trajectory import Trajectory
+from subl_jax.trajectory import FAILED, Trajectory
 
 
 class SeedPipeline:
@@ -209,7 +209,8 @@ class SeedPipeline:
         loss, logit_filter = OBJECTIVES[condition.arm]
         objective = Objective(loss, logit_filter, spec.temperature)  # type: ignore[arg-type]
         if condition.arm == "positive":
-            documents = self._read("teacher") + self._read("teacher", "ambiguous")
+            unfiltered = self._read("teacher") + self._read("teacher", "ambiguous")
+            documents = [trajectory for trajectory in unfiltered if trajectory.status not in FAILED]
             planned, figures = None, {}
         else:
             surviving = json.loads((self.root / "sanitize" / "surviving.json").read_text())

@@ -7,7 +7,6 @@ committed by the engine's thread. A call that hangs and is given up can therefor
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -138,8 +137,9 @@ class ChatConversation:
     """A task in its environment, as a trajectory in the making."""
 
     def __init__(
-        self, episode: Episode, renderer: Renderer, sampling: SamplingConfig, prefixes: SharedPrefix, limit_bytes: int
-    ) -> None:
+        self, episode: Episode, renderer: Renderer, sampling: SamplingConfig, prefixes: SharedPrefix, limit_bytes: int,
+        position: int = 0,
+    ) -> None:  # fmt: skip
         """Makes nothing yet: the world is made by `open`.
 
         Args:
@@ -148,8 +148,9 @@ class ChatConversation:
           sampling: limits.
           prefixes: shared by the episodes of a run.
           limit_bytes: of one tool result in UTF-8; a longer one ends the episode.
+          position: in the list of episodes, kept for whoever sorts.
         """
-        self.index, self.sample = episode.index, episode.sample
+        self.index, self.sample, self.position = episode.index, episode.sample, position
         self._task, self._environment = episode.task, episode.environment
         self._renderer, self._sampling, self._prefixes = renderer, sampling, prefixes
         self._limit_bytes = limit_bytes
@@ -160,6 +161,7 @@ class ChatConversation:
         self._mask: list[bool] = []
         self._logprobs: list[float] = []
         self._last: tuple[list[int], bool] = ([], False)
+        self._said: Message | None = None  # the last turn, as soon as `respond` has parsed it
         self._turn = 0
         self._status: Status | None = None
         self._done = False
@@ -185,7 +187,7 @@ class ChatConversation:
         self._tokens += ids
         self._mask += [True] * len(ids)
         self._logprobs += logprobs
-        self._last = ids, ended
+        self._last, self._said = (ids, ended), None
         self._turn += 1
 
     def _spoken(self) -> Message:
@@ -198,7 +200,8 @@ class ChatConversation:
         """Parses the turn, executes its calls, and renders their results."""
         world, (ids, ended) = self._world, self._last
         assert world is not None  # it was opened
-        message = self._spoken()
+        # Where the call then hangs, the turn that it hangs in is still told. (Every other field is `commit`'s.)
+        message = self._said = self._spoken()
         messages = [*self._messages, message]
         if not ended:
             return _Response(messages, "truncated", world.done(), [])
@@ -237,6 +240,7 @@ class ChatConversation:
             return Turn(outcome.tokens, limit, outcome.shared)
         self._messages, self._status, self._done = outcome.messages, outcome.status, outcome.done
         if outcome.status is not None:
+            self._world = None  # its processes and files go with it, not with the last episode of the run
             return None
         self._prompt(outcome.added)
         # The turn's last token was sampled but never fed back: it is the first new one, and is booked already.
@@ -246,9 +250,9 @@ class ChatConversation:
         """Ends the episode with what it had, the turn that met the failure included; its task counts as not done."""
         self._status, self._done = ("tool_timeout" if failure.kind == "timeout" else "tool_error"), False
         self._error = failure.text
-        if self._turn:  # else its opening failed
-            with contextlib.suppress(Exception):  # the tokenizer itself may be what failed
-                self._messages = [*self._messages, self._spoken()]
+        self._world = None
+        if self._said is not None:
+            self._messages = [*self._messages, self._said]
 
     def result(self) -> Trajectory:
         """The sealed trajectory."""

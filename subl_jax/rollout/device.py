@@ -17,7 +17,7 @@ from subl_jax.models.cache import Cache, empty_cache
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.layout import Layout
 from subl_jax.rollout import stops
-from subl_jax.rollout.sampling import SamplingConfig, draw, turn_key
+from subl_jax.rollout.sampling import CIPHER, SamplingConfig, draw, turn_key
 from subl_jax.rollout.stops import StopAutomaton
 
 # Tokens that are copied at a time where a prefix goes from one slot to another.
@@ -122,7 +122,7 @@ class Report(NamedTuple):
 def empty_slots(config: ModelConfig, sampling: SamplingConfig) -> Slots:
     """Slots that rest."""
     slots, turn = sampling.slots, (sampling.slots, sampling.max_turn_tokens)
-    words = jax.random.key_data(jax.random.key(0)).shape[0]
+    words = 2  # of a key
     return Slots(
         cache=empty_cache(config, slots, sampling.context),
         last=jnp.zeros((slots, config.d_model), config.compute_dtype),
@@ -234,7 +234,7 @@ def decode(
         keys=jnp.where(request.begin[:, None], begun, state.keys),
         stop=jnp.where(request.begin, 0, state.stop),
     )
-    keys = jax.random.wrap_key_data(state.keys)
+    keys = jax.random.wrap_key_data(state.keys, impl=CIPHER)
 
     def body(loop: _Loop) -> _Loop:
         state = loop.state

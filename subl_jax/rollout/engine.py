@@ -37,6 +37,8 @@ from subl_jax.trajectory import CUT_OFF, FAILED, Trajectory
 # How often the interpreter switches threads during a rollout. At its default of 5 ms one worker that computes in Python
 # makes the thread that feeds the devices wait 7 ms each time it wants to go on (measured); at 0.5 ms it is 0.7 ms.
 _SWITCH_S = 5e-4
+# How long idle devices wait for the tools of a group of which less than half can run, in seconds.
+_MOMENT_S = 0.02
 # How often the host looks whether the devices are done while it waits for tools, in seconds.
 _LOOK_S = 1e-3
 
@@ -151,7 +153,8 @@ class Engine:
         self._kept, self._prefixes = programs.kept(), [Kept() for _ in range(programs.replicas)]
         self._opened: collections.deque[tuple[Conversation[Any], Turn]] = collections.deque()
         self._opening = 0
-        self._exhausted = False
+        self._exhausted = self._drained = self._used = False
+        self._error: ValueError | None = None
         self._finished: list[Conversation[Any]] = []
         self._idle_since = time.perf_counter()  # when the devices last ran out of work
         config = programs.config
@@ -165,8 +168,16 @@ class Engine:
     # --- The loop -----------------------------------------------------------------------------------------------------
 
     def run(self, conversations: Iterable[Conversation[Any]]) -> Iterator[Conversation[Any]]:
-        """Runs every conversation to its end and yields each as soon as it is over."""
-        options, waiting = self._options, iter(conversations)
+        """Runs every conversation to its end and yields each as soon as it is over. An engine runs once.
+
+        Raises:
+          ValueError: a conversation asked for more than a slot holds; what was finished before is yielded first.
+        """
+        if self._used:
+            raise RuntimeError("this engine has run; make another one, which compiles nothing")
+        self._used = True
+        options, waiting, counted = self._options, iter(conversations), self._statistics
+        tools_before, wall_before = counted.tool_seconds, counted.wall_seconds
         with (
             ToolPool[Any](options.tool_workers, options.tool_timeout_s) as pool,
             futures.ThreadPoolExecutor(1, "clock") as self._clock,
@@ -178,18 +189,24 @@ class Engine:
                 for group in self._groups:
                     self._open(waiting, pool)
                     self._book(group, pool)
-                    self._gather(group, pool)
+                    for _ in self._gather(group, pool):
+                        yield from self._take_finished()  # before a wait in which they could be lost
                     self._fill(group)
                     self._dispatch(group)
-                    self._statistics.tool_seconds = pool.busy_seconds
-                    self._statistics.wall_seconds = time.perf_counter() - began
-                    finished, self._finished = self._finished, []
-                    yield from finished
+                    counted.tool_seconds = tools_before + pool.busy_seconds
+                    counted.wall_seconds = wall_before + time.perf_counter() - began
+                    yield from self._take_finished()
+                    if self._error is not None:
+                        raise self._error
                 # A call that the pool gave up, or an episode that failed, is an outcome too: nothing is waited for twice.
                 if not self._exhausted or pool.outstanding or self._opened:
                     continue
                 if not any(group.occupied() or group.report is not None for group in self._groups):
                     return
+
+    def _take_finished(self) -> list[Conversation[Any]]:
+        finished, self._finished = self._finished, []
+        return finished
 
     def _prepare(self) -> None:
         """Compiles every program ahead, by calls that have nothing to do."""
@@ -245,14 +262,17 @@ class Engine:
             self._statistics.turns += 1
             self._statistics.sampled_tokens += count
             seat.conversation.sampled(ids, logprobs, bool(report.ended[place]))
-            pool.submit((group, seat, seat.conversation), seat.conversation.respond)
+            # The group by its number: a call that hangs keeps its key alive, and must not keep the group's arrays.
+            pool.submit((self._groups.index(group), seat, seat.conversation), seat.conversation.respond)
 
-    def _gather(self, group: _Group, pool: ToolPool[Any]) -> None:
+    def _gather(self, group: _Group, pool: ToolPool[Any]) -> Iterator[None]:
         """Takes in what tools have answered; waits for them as long as the devices have other work, or none at all.
 
-        With the devices idle it goes on as soon as half of what the group can run is runnable: one slow tool must not
-        keep the others from going on, and a dispatch of few slots wastes the rest.
+        With the devices idle it goes on as soon as half of what the group can run is runnable, or after a moment with
+        less: slow tools must not keep the others from going on, and a dispatch of few slots wastes the rest. It yields
+        before it waits with the devices idle.
         """
+        idle = 0.0
         size = self._programs.replicas * self._programs.sampling.slots
         while True:
             self._commit(pool.collect(0.0))
@@ -267,36 +287,57 @@ class Engine:
             if others and not all(other.ready() for other in others):
                 self._commit(pool.collect(_LOOK_S))
                 continue
-            if others or 2 * runnable >= len(seats) + coming:
+            if others or 2 * runnable >= len(seats) + coming or (runnable and idle >= _MOMENT_S):
                 return
             elsewhere = [seat for other in self._groups if other is not group for seat in other.occupied()]
             if not runnable and any(seat.state != "tools" for seat in elsewhere):
                 return  # another group has something to run
+            yield
             began = time.perf_counter()
-            self._commit(pool.collect(None))
-            self._statistics.waiting_seconds += time.perf_counter() - began
+            self._commit(pool.collect(_MOMENT_S if runnable else None))
+            waited = time.perf_counter() - began
+            idle += waited
+            self._statistics.waiting_seconds += waited
 
     def _commit(self, outcomes: Sequence[Outcome[Any]]) -> None:
         """Takes over openings and responses; frees the slots of finished episodes."""
         for outcome in outcomes:
-            group, seat, conversation = outcome.key  # type: ignore[misc]
+            number, seat, conversation = outcome.key  # type: ignore[misc]
+            following, over = None, True
             if outcome.error is not None:
                 conversation.fail(outcome.error)
-                following = None
             else:
-                following = conversation.commit(outcome.value)
+                try:
+                    following = conversation.commit(outcome.value)
+                    self._check(conversation, following, 0 if seat is None else seat.fed)
+                except ValueError as error:
+                    self._error, following, over = self._error or error, None, False
             if seat is None:
                 self._opening -= 1
                 if following is not None:
                     self._opened.append((conversation, following))
             else:
+                group = self._groups[number]
                 group.in_tools -= 1
                 if following is None:
                     group.seats[seat.replica][seat.slot] = None
                 else:
                     seat.pending, seat.state = following, "ready"
-            if following is None:
+            if following is None and over:
                 self._finished.append(conversation)
+
+    def _check(self, conversation: Conversation[Any], turn: Turn | None, fed: int) -> None:
+        """Refuses a turn that its slot cannot hold: the programs would drop what does not fit."""
+        if turn is None:
+            return
+        sampling, length = self._programs.sampling, fed + len(turn.tokens)
+        room = 0 < turn.limit <= sampling.max_turn_tokens and length + turn.limit <= sampling.context
+        if not turn.tokens or not room or not 0 <= turn.shared < len(turn.tokens):
+            raise ValueError(
+                f"episode {conversation.index}: a turn of {len(turn.tokens)} tokens ({turn.shared} shared) behind {fed}, with "
+                f"{turn.limit} to come, does not fit max_turn_tokens={sampling.max_turn_tokens} and "
+                f"context={sampling.context}; there must be a token that is not shared, and one to come"
+            )
 
     def _fill(self, group: _Group) -> None:
         """Seats opened conversations in free slots, the emptiest replica first."""
@@ -351,7 +392,9 @@ class Engine:
         group.state, group.report = self._programs.decode(self._params, self._automaton, group.state, turns)
         group.ends = self._clock.submit(_ends, list(group.prefilled), group.report)
         size = self._programs.replicas * self._programs.sampling.slots
-        group.full = not self._exhausted or bool(self._opened) or len(group.occupied()) == size
+        left = not self._exhausted or self._opening or self._opened
+        self._drained = self._drained or not (left or len(group.occupied()) == size)
+        group.full = not self._drained
 
     def _prefill(self, group: _Group, chunks: list[list[Chunk]]) -> None:
         """Runs the passes that the chunks of all replicas need, longer chunks before shorter ones."""
@@ -405,8 +448,9 @@ class Engine:
         if group.full:
             counted.full_running_slots += occupied
             counted.full_slots += slots
-        counted.decode_bytes += int(steps.sum()) * decode_step_bytes(self._weight_bytes, [], 0)
-        counted.decode_bytes += float(report.context.sum()) * self._kv_bytes
+        read = int(steps.sum()) * decode_step_bytes(self._weight_bytes, [], 0)
+        read += float(report.context.sum()) * self._kv_bytes
+        counted.decode_bytes += read / self._options.tensor  # of one device of each replica
         counted.prefilled_tokens += sum(int(np.asarray(fed).sum()) for fed in group.prefilled)
 
 
@@ -446,8 +490,8 @@ def rollout(
 ) -> Iterator[Trajectory]:
     """Runs every episode to its end.
 
-    At fixed `sampling` an episode's tokens depend on (seed, policy, episode index, sample) and nothing else: not on the
-    slot, the number of devices or processes, the other episodes, or how long tools took.
+    At fixed `sampling` (its slots a number, not 0) an episode's tokens depend on (seed, policy, episode index, sample) and
+    nothing else: not on the slot, the number of devices or processes, the other episodes, or how long tools took.
 
     Args:
       config, params: the policy; params are put on the devices once. Another call with other params of the same shapes
@@ -466,7 +510,8 @@ def rollout(
       too much is among them, with status tool_error or tool_timeout.
 
     Raises:
-      ValueError: a task's opening exceeds the context; keys and values exceed the memory.
+      ValueError: a task's opening exceeds the context; keys and values exceed the memory. As this is a generator, at the
+        first episode that is asked for.
     """
     statistics = statistics if statistics is not None else RolloutStatistics()
     if not episodes:
@@ -479,14 +524,14 @@ def rollout(
     automaton = stops.build(renderer.tokenizer, config.vocab_size, renderer.end_ids, sampling.stop)
     engine = Engine(compiled, compiled.load(params), automaton, options, statistics, seed=seed, policy=policy)
     prefixes = SharedPrefix(renderer)
-    conversations = {
-        position: ChatConversation(episode, renderer, sampling, prefixes, options.result_kib * 1024)
+    # Made one by one, so that no more worlds are alive than episodes are in flight.
+    conversations = (
+        ChatConversation(episode, renderer, sampling, prefixes, options.result_kib * 1024, position)
         for position, episode in enumerate(episodes)
-    }
-    order = {id(conversation): position for position, conversation in conversations.items()}
+    )
     held: dict[int, Trajectory] = {}
     following = 0
-    for conversation in engine.run(list(conversations.values())):
+    for conversation in engine.run(conversations):
         trajectory: Trajectory = conversation.result()
         statistics.episodes += 1
         statistics.failed += trajectory.status in FAILED
@@ -494,7 +539,7 @@ def rollout(
         if as_finished:
             yield trajectory
             continue
-        held[order[id(conversation)]] = trajectory
+        held[conversation.position] = trajectory  # type: ignore[attr-defined]
         while following in held:
             yield held.pop(following)
             following += 1

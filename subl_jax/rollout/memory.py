@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -16,10 +15,10 @@ from subl_jax.metrics.flops import kv_bytes_per_token
 from subl_jax.models import decoder
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.devices import Device
-from subl_jax.rollout.programs import KEPT
+from subl_jax.rollout.programs import KEPT, bytes_to_load
 from subl_jax.rollout.sampling import SamplingConfig
 
-# Of the free memory: activations, logits of all slots and the runtime want the rest.
+# Of the free memory, where the number of slots is chosen: activations, logits and the runtime want the rest.
 _SHARE = 0.9
 # No more slots than this are chosen without being asked for: beyond, a decode step computes rather than reads.
 _MOST = 256
@@ -38,6 +37,8 @@ def free_bytes(devices: Sequence[Device]) -> int:
     if devices[0].platform == "cpu":
         return _available() // len(devices)
     stats = [device.memory_stats() for device in devices]
+    if any(each is None for each in stats):
+        raise ValueError(f"{devices[0].device_kind} does not tell how much memory is free; give --config.engine.kv_gib")
     return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
 
 
@@ -66,14 +67,16 @@ def fitted(
       config, params, sampling: the policy, not yet on the devices; parameters may be abstract.
       devices: that will run it.
       groups: of slots on each replica.
-      kv_gib: what keys and values may take of a device; 0: nine tenths of what is free beside the parameters.
+      kv_gib: what keys and values may take of a device; 0: what is free beside the parameters, of which a choice of slots
+        leaves a tenth.
       tensor: devices of a replica.
 
     Raises:
       ValueError: not even one episode fits, or not as many as `slots` says.
     """
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) / tensor
-    budget = kv_gib * _GIB or _SHARE * (free_bytes(devices) - weights)
+    # What is chosen leaves a reserve; what is given, or was chosen earlier, may use it.
+    share = 1.0 if sampling.slots else _SHARE
+    budget = kv_gib * _GIB or share * (free_bytes(devices) - bytes_to_load(params, devices, tensor))
     one = slot_bytes(config, sampling) / tensor
     room = int(budget // one) - KEPT  # prefixes are kept in slots of their own
     source = f"--config.engine.kv_gib={kv_gib:g}" if kv_gib else f"{budget / _GIB:.2f} GiB that are free for them"

@@ -41,6 +41,16 @@ KEPT = 4
 _LOADED: dict[Any, tuple[tuple[weakref.ref, ...], Any]] = {}
 
 
+def bytes_to_load(params: decoder.Params, devices: Sequence[Device], tensor: int) -> float:
+    """By how much the use of a device's memory will grow when these parameters are loaded; below 0 where others make room."""
+    leaves = jax.tree.leaves(params)
+    known, loaded = _LOADED.get((tuple(devices), len(devices) // tensor), ((), None))
+    if len(known) == len(leaves) and all(ref() is leaf for ref, leaf in zip(known, leaves, strict=True)):
+        return 0
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    return (sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) - held) / tensor
+
+
 class Compilation(NamedTuple):
     """One program that was compiled, and how long that took."""
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt32
 
+# Of all keys, whatever JAX's default is: `gumbel` goes on with it.
+CIPHER = "threefry2x32"
 # Far beyond any logit and far within PADDING_LOGIT: no bias and no temperature makes a padding row likely.
 _LARGEST = 1e6
 
@@ -93,7 +95,7 @@ def turn_key(
     seed: Int[Array, ""], policy: Int[Array, ""], episode: Int[Array, ""], sample: Int[Array, ""], turn: Int[Array, ""]
 ) -> Key[Array, ""]:
     """The key of one turn of one episode; nothing about batch, slot or device enters it."""
-    key = jax.random.key(seed)
+    key = jax.random.key(seed, impl=CIPHER)
     for name in (policy, episode, sample, turn):
         key = jax.random.fold_in(key, name)
     return key

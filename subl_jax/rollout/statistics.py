@@ -32,7 +32,7 @@ class RolloutStatistics:
       decode_seconds, prefill_seconds: time of the device in each.
       decode_steps: steps of the slowest replica, summed over dispatches; replica_steps: of all replicas.
       running_slots: slots in the middle of a turn, summed over all steps of all replicas; slots: there are, likewise.
-      full_running_slots, full_slots: the same, until the first dispatch for which no episode was left to fill a free slot.
+      full_running_slots, full_slots: the same, before the first dispatch that left a slot free because no episode was left.
       decode_bytes: weights and keys/values that those steps had to read (MEASURING's definition).
       tool_seconds: summed run time of environments and tokenizer; waiting_seconds: the part that the device waited for.
       wall_seconds: from the first opening to now.

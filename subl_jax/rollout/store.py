@@ -71,6 +71,9 @@ def roll_out(
     counted, mark = RolloutStatistics(), artifacts.digest(identity)
     if _mark(directory) == mark:  # killed between the seal and the stage's marker
         logging.info("%s: the dataset of this rollout is sealed already", label)
+        if rank == 0:
+            for path in directory.parent.glob("journal-*-of-*.jsonl"):
+                path.unlink()
         return _figures(counted, _counts(data.open_source(directory)), len(episodes))
     if rank == 0:
         _adopt(directory, identity, episodes, world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from subl_jax.chat.messages import ToolCall, assistant, calls_of, tool
 from subl_jax.chat.rendering import Renderer
 from subl_jax.rollout.conversation import Episode
-from subl_jax.rollout.engine import rollout
+from subl_jax.rollout.engine import EngineConfig, rollout
 from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.settings.interface import Environment
 from subl_jax.trajectory import Trajectory
@@ -171,6 +172,38 @@ def test_time_in_which_the_host_is_busy_elsewhere_is_not_the_devices():
 
 def test_no_episodes_are_no_work():
     assert run(RESTLESS, []) == []
+
+
+def test_an_opening_that_does_not_fit_stops_the_run_only_after_what_was_finished_is_out():
+    todo = [*policies.episodes(6), episode(200, World("z" * 400))]
+    out = []
+    with pytest.raises(ValueError, match="raise --config.rollout.context"):
+        for trajectory in rollout(
+            CONFIG, RESTLESS, RENDERER, todo, SAMPLING, seed=5, devices=jax.local_devices()[:1], as_finished=True,
+            options=EngineConfig(groups=1, tool_workers=0),
+        ):  # fmt: skip
+            out.append(trajectory.episode)
+    assert len(set(out)) == len(out)
+
+
+def test_no_more_worlds_are_alive_than_episodes_in_flight():
+    alive: weakref.WeakSet[World] = weakref.WeakSet()
+    most = 0
+
+    def world(number: int) -> World:
+        made = World("go", lasts=1)
+        alive.add(made)
+        return made
+
+    todo = [Episode(n, policies.task(n, "go"), 0, lambda n=n: world(n)) for n in range(40)]
+    found = rollout(
+        CONFIG, policies.scripted(CALL + "<|end|>"), RENDERER, todo, GREEDY, seed=0, devices=jax.local_devices()[:1],
+        as_finished=True,
+    )  # fmt: skip
+    for _ in found:
+        most = max(most, len(alive))
+    # Two groups of two slots, the openings that are ahead, and what has just ended.
+    assert most <= 16
 
 
 # How an episode ends

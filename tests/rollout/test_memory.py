@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import weakref
 
 import jax
 import pytest
 
 from subl_jax.models.cache import empty_cache
 from subl_jax.models.config import ModelConfig
-from subl_jax.rollout import memory
+from subl_jax.rollout import memory, programs
 from subl_jax.rollout.programs import KEPT
 from subl_jax.rollout.sampling import SamplingConfig
 from tests.models.test_decoder import parameters
@@ -94,10 +95,22 @@ def test_without_a_limit_nine_tenths_of_what_is_free_beside_the_weights_are_take
         assert fitted(ANY, tensor=tensor) == 7
         monkeypatch.setattr(memory, "free_bytes", lambda devices, free=free: round(free) - 16)
         assert fitted(ANY, tensor=tensor) == 6
+    # A number that was given may use the reserve, so that what was chosen once is not refused later.
+    assert fitted(SAMPLING, tensor=2) == 7
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: round((room * SLOT - 16 + weights) / 2))
     with pytest.raises(
         ValueError, match=r"take 0\.14 GiB of a device, more than 0\.14 GiB that are free .*slots=6 fit"
     ):
         fitted(SAMPLING, tensor=2)
+
+
+def test_weights_that_are_loaded_already_are_not_counted_again(monkeypatch):
+    devices, params = jax.local_devices()[:1], {"head": jax.numpy.ones((64, 64))}
+    assert programs.bytes_to_load(params, devices, 1) == 64 * 64 * 4
+    held = (tuple(weakref.ref(leaf) for leaf in jax.tree.leaves(params)), params)
+    monkeypatch.setitem(programs._LOADED, (tuple(devices), 1), held)
+    assert programs.bytes_to_load(params, devices, 1) == 0
+    assert programs.bytes_to_load({"head": jax.numpy.ones((64, 65))}, devices, 1) == 64 * 4
 
 
 def test_cpu_devices_share_what_the_machine_has():
