@@ -48,10 +48,14 @@ RULES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     # Weights split over every device that shares rows or matrices, and gathered whole: fits any number of heads.
     "fsdp": {"batch": ("data", "fsdp", "tensor"), "embed": ("fsdp", "tensor")},
-    # Inside a rollout replica: the loop of each replica has rows of its own, which no axis of the mesh splits.
-    "rollout": {"vocab": ("tensor",), "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)},
     # A small model beside a large one: its weights stand whole on every device.
     "replicated": {"batch": ("data", "fsdp", "tensor")},
+}
+
+# Those of training, and the one inside a rollout replica, whose loop has rows of its own that no axis of the mesh splits.
+_COLUMNS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    **RULES,
+    "rollout": {"vocab": ("tensor",), "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)},
 }
 
 
@@ -144,7 +148,7 @@ class Layout:
 
     Attributes:
       mesh: of the axes `MESH_AXES`; an abstract one says where arrays would lie.
-      rules: a column of `RULES`.
+      rules: a column of `RULES`, or `rollout`.
       inside: for code that runs inside a `shard_map` over the other axes of the mesh: constraints and look-ups then name
         axes of the surrounding mesh, as JAX wants it there.
     """
@@ -155,8 +159,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         """Refuses unknown rules."""
-        if self.rules not in RULES:
-            raise ValueError(f"rules {self.rules!r} are none of {', '.join(RULES)}")
+        if self.rules not in _COLUMNS:
+            raise ValueError(f"rules {self.rules!r} are none of {', '.join(_COLUMNS)}")
 
     @property
     def device(self) -> Device:
@@ -176,7 +180,7 @@ class Layout:
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The mesh axes that a dimension of this name is split over."""
-        return RULES[self.rules].get(name, ())
+        return _COLUMNS[self.rules].get(name, ())
 
     def split(self, name: str) -> int:
         """Into how many parts a dimension of this name is cut."""
