@@ -21,7 +21,7 @@ from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.step import Objective, OptimizerConfig
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import MeshConfig
-from subl_jax.rollout.engine import EngineConfig
+from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 
 Pair = Literal["large_large", "large_small", "small_small", "small_large"]

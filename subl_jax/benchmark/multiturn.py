@@ -25,7 +25,8 @@ from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.devices import configure_cpu
 from subl_jax.rollout import generate, stops
 from subl_jax.rollout.conversation import Turn
-from subl_jax.rollout.engine import Engine, EngineConfig
+from subl_jax.rollout.engine import Engine
+from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.programs import programs
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.rollout.statistics import RolloutStatistics

@@ -15,26 +15,11 @@ from subl_jax import artifacts
 from subl_jax.benchmark.harness import QUIET_CORES, Timing, ratio
 from subl_jax.benchmark.machine import Machine
 from subl_jax.metrics import flops as counts
+from subl_jax.metrics.peaks import PEAKS
 
 OURS = "ours"
 _PEER_PACKAGES = ("torch", "transformers", "trl")
 _MISSING = "-"
-
-
-@dataclasses.dataclass(frozen=True)
-class Peak:
-    """What a device can do at best: dense bfloat16 FLOP/s and bytes/s of its memory."""
-
-    flops: float
-    bandwidth: float
-
-
-# By JAX's `device_kind`; from NVIDIA's data sheets (SXM, without sparsity). A CPU has no entry: its peak depends on the
-# machine, and MFU and MBU stay empty there.
-PEAKS: Mapping[str, Peak] = {
-    "NVIDIA H100 80GB HBM3": Peak(989.4e12, 3.35e12),
-    "NVIDIA H200": Peak(989.4e12, 4.8e12),
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from subl_jax.benchmark.greedy import Request
 from subl_jax.benchmark.harness import PeerAbsent, Program, Timing
 from subl_jax.benchmark.registry import Options, Workload
 from subl_jax.benchmark.results import OURS, Absent, Row, Work
+from subl_jax.metrics.peaks import PEAKS
 from subl_jax.models import decoder, hf_import
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.devices import configure_cpu
@@ -288,7 +289,7 @@ def _rows(
     moved = sum(metrics.decode_step_bytes(weights, [length] * batch, kv) for length in range(size.prompt + 1, seq))
     decode_tokens = batch * (size.new_tokens - 1)
     decode_s = {name: timing.median - prefill[name].median for name, timing in timings.items()}
-    peak = results.PEAKS.get(device.device_kind)
+    peak = PEAKS.get(device.device_kind)
 
     def rate(amount: float, name: str) -> float | None:
         return amount / decode_s[name] if decode_s[name] > 0 else None

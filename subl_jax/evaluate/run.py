@@ -22,7 +22,8 @@ from subl_jax.evaluate.readout import NameScores, score_names
 from subl_jax.metrics.progress import progress
 from subl_jax.models.config import ModelConfig
 from subl_jax.rollout.conversation import Episode
-from subl_jax.rollout.engine import EngineConfig, rollout
+from subl_jax.rollout.engine import rollout
+from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.settings.interface import Setting, Split, Task
 from subl_jax.trajectory import FAILED, Trajectory

@@ -5,17 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from subl_jax.metrics.flops import mbu
+from subl_jax.metrics.peaks import PEAKS
 from subl_jax.rollout.programs import Compilation
-
-# Memory bandwidth in bytes/s by `device_kind`, from the vendors' data sheets. A CPU's is not known ahead.
-PEAK_BANDWIDTH = {
-    "NVIDIA H100 80GB HBM3": 3.35e12,
-    "NVIDIA H200": 4.8e12,
-    "TPU v4": 1.2e12,
-    "TPU v5 lite": 8.1e11,
-    "TPU v5": 2.765e12,
-    "TPU v6 lite": 1.64e12,
-}
 
 
 @dataclasses.dataclass
@@ -33,7 +24,7 @@ class RolloutStatistics:
       decode_steps: steps of the slowest replica, summed over dispatches; replica_steps: of all replicas.
       running_slots: slots in the middle of a turn, summed over all steps of all replicas; slots: there are, likewise.
       full_running_slots, full_slots: the same, before the first dispatch that left a slot free because no episode was left.
-      decode_bytes: weights and keys/values that those steps had to read (MEASURING's definition).
+      decode_bytes: weights and keys/values that those steps had to read on one device of each replica (see MEASURING).
       tool_seconds: summed run time of environments and tokenizer; waiting_seconds: the part that the device waited for.
       wall_seconds: from the first opening to now.
       device_kind: as JAX names it.
@@ -89,10 +80,10 @@ class RolloutStatistics:
     @property
     def bandwidth_used(self) -> float | None:
         """MBU of decoding per replica, or None on a device whose bandwidth is not known."""
-        peak = PEAK_BANDWIDTH.get(self.device_kind)
+        peak = PEAKS.get(self.device_kind)
         if peak is None or not self.decode_seconds:
             return None
-        return mbu(self.decode_bytes / self.replicas, self.decode_seconds, peak)
+        return mbu(self.decode_bytes / self.replicas, self.decode_seconds, peak.bandwidth)
 
     def eta_s(self, total: int, running: int) -> float | None:
         """Seconds until `total` episodes are finished, or None before the first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,8 @@ def _compiler_or_skip() -> None:
     try:
         torch_peers.require_compiler()
     except PeerAbsent as error:
+        if os.environ.get("CI"):  # a skip there would hide a missing install step
+            raise
         pytest.skip(str(error))
 
 

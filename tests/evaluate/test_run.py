@@ -21,7 +21,7 @@ from subl_jax.evaluate import run
 from subl_jax.evaluate.protocol import Contrast, Protocol
 from subl_jax.evaluate.summary import build_summary
 from subl_jax.models import decoder
-from subl_jax.rollout.engine import EngineConfig
+from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.settings.api import SETTING
 from subl_jax.trajectory import Trajectory

@@ -17,7 +17,8 @@ from jax.extend.random import threefry_2x32
 
 from subl_jax.models.config import ModelConfig
 from subl_jax.rollout.conversation import Episode
-from subl_jax.rollout.engine import EngineConfig, rollout
+from subl_jax.rollout.engine import rollout
+from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.trajectory import Trajectory

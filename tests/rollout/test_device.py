@@ -15,8 +15,8 @@ from subl_jax.models.cache import empty_cache
 from subl_jax.models.config import ModelConfig
 from subl_jax.rollout import device, stops
 from subl_jax.rollout.device import Copies, Prefill, Slots, Turns
-from subl_jax.rollout.engine import EngineConfig
 from subl_jax.rollout.generate import Completion, generate
+from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.trajectory import Trajectory

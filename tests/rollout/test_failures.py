@@ -13,7 +13,8 @@ import pytest
 
 from subl_jax.chat.messages import Message, ToolCall, calls_of
 from subl_jax.rollout.conversation import Episode
-from subl_jax.rollout.engine import EngineConfig, rollout
+from subl_jax.rollout.engine import rollout
+from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.trajectory import FAILED, Trajectory
 from tests.rollout import policies

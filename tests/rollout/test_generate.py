@@ -13,8 +13,8 @@ from scipy import stats
 
 from subl_jax.models import hf_import
 from subl_jax.models.config import ModelConfig
-from subl_jax.rollout.engine import EngineConfig
 from subl_jax.rollout.generate import DEFAULTS, Completion, generate
+from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.rollout.statistics import RolloutStatistics
 from tests.models import hf_folders, numpy_llama
