@@ -18,7 +18,8 @@ from typing import Any, Literal
 from absl import flags
 
 from subl_jax.distill.loop import TrainConfig
-from subl_jax.distill.step import Objective, OptimizerConfig
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import MeshConfig
 from subl_jax.rollout.options import EngineConfig
@@ -34,6 +35,9 @@ OBJECTIVES = {
     "drop": ("forward_kl", "drop"),
     "hard": ("hard_label", "none"),
     "positive": ("forward_kl", "none"),
+    "reverse": ("reverse_kl", "none"),
+    "jensen": ("jensen_shannon", "none"),
+    "skew": ("skew_forward_kl", "none"),
 }
 
 
@@ -143,7 +147,7 @@ class StudentConfig:
       withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
       temperature: of the KL. At 1 the teacher's opinion on what it would never do here weighs almost nothing.
       require_final: drop trajectories that did not end in a final answer (cut off, unparseable, out of turns).
-      objectives: arms to distil, of full, anchor, drop, hard, positive.
+      objectives: arms to distil, of full, anchor, drop, hard, positive, reverse, jensen, skew.
       benign_objectives: arms that get a benign control besides the counter-bias control.
     """
 

@@ -18,7 +18,8 @@ from subl_jax import metrics
 from subl_jax.config import OBJECTIVES, ExperimentConfig, StudentConfig
 from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.memory import AbstractModel, abstract_model, holds_scores, step_bytes, total_bytes
-from subl_jax.distill.step import Layouts, Objective, check_vocabularies
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.step import Layouts, check_vocabularies
 from subl_jax.parallel.layout import Layout, LayoutError, abstract_mesh
 from subl_jax.rollout.programs import KEPT
 
@@ -145,7 +146,7 @@ def _student_stage(
     spec, student, teacher = config.student, models["student"], models["teacher"]
     loss, logit_filter = OBJECTIVES[arm]
     objective = Objective(loss, logit_filter, spec.temperature)  # type: ignore[arg-type]
-    if loss == "forward_kl":
+    if objective.needs_teacher:
         check_vocabularies(student.config, teacher.config)
     documents = spec.safe_tasks + (spec.ambiguous_tasks if arm == "positive" else 0)
     return _stage(
@@ -186,8 +187,7 @@ def _stage(
     `…_at_most` are upper bounds: full rows, each of one document, every token of which carries a loss. `epochs_at_least`
     counts one document per row and all documents; short ones share rows, and filters drop some: then it is more epochs.
     `seconds` (all models, `ASSUMED_MFU` of every card's peak) are for orientation; None where a model computes in float32.
-    `bytes_per_device`: see `step_bytes`, at the bound of loss tokens, with their `total`; `logits_assumed` is the logits'
-    share of it at `ASSUMED_LOSS_SHARE`, and no part of the total.
+    `bytes_per_device`: see `step_bytes`, at the bound of loss tokens, with their `total`.
     """
     row_tokens = max(train.row_tokens, longest)
     rows = [row_tokens] * train.batch_rows
@@ -229,7 +229,6 @@ def _stage(
         "bytes_per_device": {
             **held,
             "total": sum(held.values()),
-            "logits_assumed": round(ASSUMED_LOSS_SHARE * held["logits"]),
         },
     }
 
@@ -268,12 +267,12 @@ def _assumptions(config: ExperimentConfig, models: Sequence[AbstractModel]) -> l
     notes = [
         "Tokens and FLOPs are upper bounds: full rows, each of one document, every token with a loss. What a step really "
         "holds depends on the data: padding does not count, and short documents attend to less.",
-        f"About {ASSUMED_LOSS_SHARE:.0%} of the tokens carry a loss in the API setting's demonstrations. The total has the "
-        "logits at the upper bound, the last column at that share.",
+        f"About {ASSUMED_LOSS_SHARE:.0%} of the tokens carry a loss in the API setting's demonstrations (column loss ~).",
         "Epochs count one document per row, so they are at least what is shown: packing puts several short documents in a "
         "row, and filters drop some.",
         "Weights, optimizer state and gradients are exact, each role a copy of its own; activations, gathered weights and "
-        "logits are rough. The compiler's workspace and the import of a checkpoint come on top.",
+        "the loss (chunks of logits, the head's gradient) are rough. The compiler's workspace and the import of a "
+        "checkpoint come on top.",
         "A rollout's cache has the slots of every group (--config.engine.groups) and those that keep shared prefixes.",
         "Everything is of one seed. The models of a stage are trained one after the other.",
     ]
@@ -368,9 +367,9 @@ def _work_block(stages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _training_block(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     unit, size = _unit((s["bytes_per_device"]["total"] for s in stages), _BYTES)
-    names = list(stages[0]["bytes_per_device"])  # logits_assumed stands last
+    names = list(stages[0]["bytes_per_device"])
     rows = [(s["name"], *(_number(s["bytes_per_device"][name] / size) for name in names)) for s in stages]
-    return _aligned((f"{unit}/device", *names[:-1], "logits ~"), rows)
+    return _aligned((f"{unit}/device", *names), rows)
 
 
 def _rollout_block(rollout: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from subl_jax.corpus import demonstrations, echoes, tokenizer_texts
 from subl_jax.data.matching import match_arms
 from subl_jax.distill.logit_filter import LogitFilter
 from subl_jax.distill.loop import Model, TrainConfig, TrainResult, train
-from subl_jax.distill.step import Objective
+from subl_jax.distill.objective import Objective
 from subl_jax.evaluate import run as evaluation
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import LoraConfig

@@ -17,17 +17,9 @@ from subl_jax import config, dry_run, pipeline
 from subl_jax.config import ExperimentConfig, override
 from subl_jax.distill import memory
 from subl_jax.distill.loop import TrainConfig
-from subl_jax.distill.step import (
-    Batch,
-    Frozen,
-    Layouts,
-    Objective,
-    OptimizerConfig,
-    TrainState,
-    compiled_step,
-    make_optimizer,
-    state_shardings,
-)
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer
+from subl_jax.distill.step import Batch, Frozen, Layouts, TrainState, compiled_step, state_shardings
 from subl_jax.models import axes, decoder, lora
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import Layout, LayoutError, MeshConfig, abstract_mesh, make_mesh
@@ -171,8 +163,9 @@ def test_bytes_of_the_papers_student_on_one_device_by_hand():
     tokens = 8 * 4096
     layer = 2 * (4 * 4096 + 3 * 4096 + 3 * 1024 + 4 * 14_336) + 8 * 4096  # of the teacher, the larger one
     assert held["activations"] == tokens * (28 * 3072 * 2 + layer)
-    assert held["logits"] == 6 * 4 * tokens * 128_256
-    assert held["total"] == sum(value for name, value in held.items() if name not in ("total", "logits_assumed"))
+    # Chunks of 80 loss tokens: 3 arrays of them are within 16 GiB / 128. Hidden states of teacher, student and base, and the student's gradient.
+    assert held["loss"] == 3 * 4 * 80 * 128_256 + 2 * tokens * (4096 + 3 * 3072)
+    assert held["total"] == sum(value for name, value in held.items() if name != "total")
 
 
 def test_a_mesh_splits_the_weights_but_not_the_norms():
@@ -188,7 +181,10 @@ def test_a_mesh_splits_the_weights_but_not_the_norms():
     b = 16 * 32 * (4096 + 1024 + 1024) // 2 + 16 * 32 * 4096 // 4
     assert eight["bytes_per_device"]["teacher"] == matrices + 4 * (a + b)
     assert eight["bytes_per_device"]["gathered"] == 2 * 128_256 // 2 * 4096  # the teacher's head, larger than a layer
-    assert eight["bytes_per_device"]["logits"] == one["bytes_per_device"]["logits"] // 8
+    # Half of the vocabulary and a quarter of the tokens; half as many ids leave room for chunks of more tokens.
+    tokens = 8 * 4096
+    assert one["bytes_per_device"]["loss"] == 3 * 4 * 80 * 128_256 + 2 * tokens * (4096 + 2 * 3072)
+    assert eight["bytes_per_device"]["loss"] == 3 * 4 * 160 * 64_128 + 2 * tokens // 4 * (4096 + 2 * 3072)
     assert eight["flops_at_most"] == one["flops_at_most"]
 
 
@@ -244,7 +240,8 @@ def test_the_rough_part_is_near_what_the_compiler_plans(remat):
     layout = Layout(abstract_mesh(MeshConfig(), 1))
     student = memory.abstract_model(model)
     held = memory.step_bytes(student, student, Objective(), train, Layouts(layout, layout), row, rows * targets)
-    shapes = [(rows, row)] * 3 + [(rows, targets)] * 3 + [(rows, targets, 0)]
+    listed = (1, 1, rows * targets)
+    shapes = [(1, rows, row)] * 3 + [listed] * 3 + [(*listed, 0)]
     dtypes = [jnp.int32] * 5 + [jnp.float32, jnp.int32]
     abstract: Any = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     batch = Batch(*abstract)
@@ -252,7 +249,7 @@ def test_the_rough_part_is_near_what_the_compiler_plans(remat):
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     step = compiled_step(Objective(), model, model, train.optimizer, train.steps, 0)
     planned = step.lower(state, Frozen(student.weights), batch).compile().memory_analysis()  # type: ignore[attr-defined]
-    rough = held["gradients"] + held["activations"] + held["logits"]
+    rough = held["gradients"] + held["activations"] + held["loss"]
     assert 0.6 < rough / planned.temp_size_in_bytes < 1.6
 
 
@@ -343,8 +340,7 @@ def test_the_keys_of_the_record_are_stable():
         "setting", "preset", "pair", "devices", "mesh", "rules", "models", "stages", "rollout", "assumptions",
     ]  # fmt: skip
     assert list(described["stages"][0]["bytes_per_device"]) == [
-        "teacher", "base", "frozen", "trained", "optimizer", "gradients", "activations", "gathered", "logits", "total",
-        "logits_assumed",
+        "teacher", "base", "frozen", "trained", "optimizer", "gradients", "activations", "gathered", "loss", "total",
     ]  # fmt: skip
     assert {"weights", "kv_cache", "logits", "total"} == set(described["rollout"]["teacher"]["bytes_per_device"])
 

@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subl_jax.distill import fused
 from subl_jax.distill.loop import TrainConfig
-from subl_jax.distill.step import Layouts, Objective, TrainState, make_optimizer, state_shardings
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.optimizers import make_optimizer
+from subl_jax.distill.step import Layouts, TrainState, state_shardings
 from subl_jax.models import axes, decoder, lora
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.layout import Layout, bytes_per_device
-
-# Float32 arrays [loss tokens, vocab] that are alive at once in a step with the dense losses. Counted in the step compiled
-# for CPU, as the slope of its temporary memory over loss tokens: 1.3 (hard labels), 5.0 (KL), 5.3 (KL with a filter).
-LOGIT_ARRAYS: Mapping[tuple[str, str], int] = {
-    ("hard_label", "none"): 2,
-    ("forward_kl", "none"): 5,
-    ("forward_kl", "drop"): 6,
-    ("forward_kl", "anchor"): 6,
-}
 
 
 class AbstractModel(NamedTuple):
@@ -69,8 +62,8 @@ def step_bytes(
 
     Exact, each role a copy of its own: `teacher`, `base` (what `anchor` pins to), `frozen` (what adapters sit on),
     `trained` (the master copy), `optimizer`, `gradients` (one copy). Rough: `activations` (`activation_bytes` of the
-    student and one layer at work), `gathered` (see `gathered_bytes`), `logits` (`LOGIT_ARRAYS` x loss tokens x
-    vocabulary x 4 bytes).
+    student and one layer at work), `gathered` (see `gathered_bytes`), `loss` (see `loss_bytes`). Tokens are those of one
+    accumulated part of a step.
 
     Args:
       model: what is trained: its adapters where it has some, else its weights.
@@ -92,7 +85,7 @@ def step_bytes(
     adapted = model.config.lora is not None
     state = abstract_state(model.adapters if adapted else model.weights, train, layout)
     frozen = bytes_per_device(axes.abstract(model.weights, layout))
-    rows = train.batch_rows // layout.split("batch")
+    rows = -(-train.batch_rows // train.accumulate) // layout.split("batch")
     at_work = max(layer_bytes(part.config, where, row_tokens) for part, where in parts)
     return {
         "teacher": sum(
@@ -107,9 +100,34 @@ def step_bytes(
         "gradients": bytes_per_device(state.params),
         "activations": rows * row_tokens * (activation_bytes(model.config, layout, row_tokens) + at_work),
         "gathered": max(gathered_bytes(part, where) for part, where in parts),
-        "logits": LOGIT_ARRAYS[objective.loss, objective.logit_filter]
-        * (loss_tokens // layout.split("batch") * (model.config.vocab_size // layout.split("vocab")) * 4),
+        "loss": loss_bytes(model, teacher, objective, train, layouts, -(-loss_tokens // train.accumulate)),
     }
+
+
+def loss_bytes(
+    model: AbstractModel,
+    teacher: AbstractModel | None,
+    objective: Objective,
+    train: TrainConfig,
+    layouts: Layouts,
+    loss_tokens: int,
+) -> int:
+    """What the fused loss holds on one device besides the heads.
+
+    With V ids and T loss tokens of a device, C of them in a chunk, e bytes per element of the compute dtype:
+
+        3 C V 4                      logits of student and teacher, and their gradient (`fused.CHUNK_ARRAYS`)
+        V d_s 4                      the sum of the head's gradient, where the head is trained
+        T (2 d_s + d_t + d_base) e   hidden states of the loss tokens, and the gradient of the student's
+    """
+    place, config = layouts.loss, model.config
+    assert place is not None
+    vocab, tokens = config.vocab_size // place.parts, -(-loss_tokens // place.groups)
+    chunk = fused.chunk_tokens(tokens, vocab, train.chunk_tokens, fused.UNKNOWN_MEMORY)
+    width = 2 * config.d_model + (config.d_model if objective.logit_filter == "anchor" else 0)
+    hidden = width * _element(config) + (0 if teacher is None else teacher.config.d_model * _element(teacher.config))
+    head = 0 if config.lora is not None else 4 * vocab * config.d_model
+    return fused.CHUNK_ARRAYS * 4 * chunk * vocab + head + tokens * hidden
 
 
 def abstract_state(params: Any, train: TrainConfig, layout: Layout) -> TrainState:

@@ -4,105 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from subl_jax.distill import losses
+from subl_jax.distill import fused
+from subl_jax.distill.fused import Head, TopK
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer
 from subl_jax.models import axes, decoder
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.layout import Layout
 
-Loss = Literal["hard_label", "forward_kl"]
-Filter = Literal["none", "drop", "anchor"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is minimised.
-
-    Attributes:
-      loss: `hard_label` (cross-entropy on the sampled tokens) or `forward_kl` (to the teacher's logits).
-      logit_filter: what happens to banned continuations: `none`, `drop` or `anchor` (see `losses`).
-      temperature: softens both distributions of the KL; `anchor` pins its probabilities at 1 before it softens.
-    """
-
-    loss: Loss = "forward_kl"
-    logit_filter: Filter = "none"
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuses combinations that have no meaning."""
-        if self.loss == "hard_label" and self.logit_filter != "none":
-            raise ValueError(f"logit_filter={self.logit_filter} needs the teacher's logits; hard_label has none")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Optimizer and schedule: linear warm-up, then a cosine to `final_fraction` of the peak.
-
-    Attributes:
-      name: `adamw` or `sgd`.
-      learning_rate: the peak.
-      warmup_steps, final_fraction: shape of the schedule.
-      weight_decay: decoupled; matrices only.
-      b1, b2: Adam's moments.
-      clip_norm: global gradient norm above which gradients are scaled down.
-    """
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 1e-3
-    warmup_steps: int = 20
-    final_fraction: float = 0.1
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.98
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuses values with which no run could learn."""
-        for name, low, high in (
-            ("final_fraction", 0.0, 1.0), ("b1", 0.0, 1.0), ("b2", 0.0, 1.0),
-            ("warmup_steps", 0, math.inf), ("weight_decay", 0.0, math.inf),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}={getattr(self, name)} is outside [{low}, {high}]")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be positive and finite")
-
 
 class Batch(NamedTuple):
-    """One packed batch on the device. `loss_*` list the loss tokens of each row, padded with weight 0.
+    """One packed batch. A step adds up the gradients of `micro` parts of it, one after the other.
+
+    Loss tokens are listed apart from the rows that they stand in: those of the g-th share of the rows make group g, and
+    groups are what is split over the devices. Places of no loss token have weight 0.
 
     Attributes:
       tokens, segments, positions: packed documents; segment 0 is padding.
-      loss_places: index of the token *before* each loss token (the one whose hidden state predicts it).
+      loss_places: index, in the group's rows laid end to end, of the token *before* each loss token (the one whose hidden
+        state predicts it).
       loss_targets: the loss token itself; loss_weights: 1 for a loss token, 0 for padding.
       banned: ids that the logit filter bans at each loss token, padded with -1; width 0 without a filter.
+      cached: the teacher's top-k at each loss token, where there is no teacher to ask.
     """
 
-    tokens: Int[Array, "rows time"]
-    segments: Int[Array, "rows time"]
-    positions: Int[Array, "rows time"]
-    loss_places: Int[Array, "rows targets"]
-    loss_targets: Int[Array, "rows targets"]
-    loss_weights: Float[Array, "rows targets"]
-    banned: Int[Array, "rows targets width"]
+    tokens: Int[Array, "micro rows time"]
+    segments: Int[Array, "micro rows time"]
+    positions: Int[Array, "micro rows time"]
+    loss_places: Int[Array, "micro groups targets"]
+    loss_targets: Int[Array, "micro groups targets"]
+    loss_weights: Float[Array, "micro groups targets"]
+    banned: Int[Array, "micro groups targets width"]
+    cached: TopK | None = None
 
 
 class Frozen(NamedTuple):
     """Parameters that the step reads but never changes.
 
     Attributes:
-      teacher: of the KL.
+      teacher: of a divergence.
       base: what `anchor` pins to.
       student: what the trained adapters sit on; empty where every parameter of the student is trained.
     """
@@ -118,6 +66,17 @@ class Layouts(NamedTuple):
     student: Layout | None = None
     teacher: Layout | None = None
 
+    @property
+    def loss(self) -> fused.Placement | None:
+        """How the loss lies there."""
+        return fused.placement(self.student, self.teacher)
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups a batch's loss tokens are listed."""
+        place = self.loss
+        return 1 if place is None else place.groups
+
 
 ONE_DEVICE = Layouts()
 
@@ -130,57 +89,89 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then the named optimizer under its schedule.
+def place_batch(batch: Batch, layouts: Layouts = ONE_DEVICE) -> Batch:
+    """A host batch on the device, or on the mesh: rows where the student's rules want them, loss tokens where the loss is.
 
     Raises:
-      ValueError: an unknown optimizer.
+      LayoutError: rows or groups that do not split over the mesh.
     """
-    warmup = min(config.warmup_steps, max(steps - 1, 0))
-    peak = config.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, peak, warmup, max(steps, warmup + 1), peak * config.final_fraction
-    )
-
-    def matrices(params: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: leaf.ndim > 2, params
-        )  # stacked matrices; norms and the embedding do not decay
-
-    if config.name == "adamw":
-        inner = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=matrices)
-    elif config.name == "sgd":
-        inner = optax.sgd(schedule)
-    else:
-        raise ValueError(f"unknown optimizer {config.name!r}; use adamw or sgd")
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
+    layout, place = layouts.student, layouts.loss
+    if layout is None or place is None:
+        return jax.device_put(batch)
+    layout.check("batch", batch.tokens.shape[1], "rows of a part of a batch", "set --config.<stage>.train.batch_rows")
+    rows = layout.sharding((None, "batch"))
+    groups = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, place.batch or None))
+    return jax.device_put(batch, Batch(*[rows] * 3, *[groups] * 4, batch.cached and TopK(*[groups] * 3)))  # type: ignore[arg-type]
 
 
-def _logits(
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+# Folded into a step's key for the dropout on the head's adapter; the decoder draws from the key itself.
+_HEAD_DROPOUT = 0x4EAD
+
+
+def _head(
     config: ModelConfig,
     trainable: decoder.Params,
     frozen: decoder.Params,
     batch: Batch,
     layout: Layout | None,
+    layouts: Layouts,
     dropout_key: Array | None = None,
-) -> Float[Array, "rows targets vocab"]:
-    """Logits at the loss tokens only: the others are never projected onto the vocabulary."""
+    vocab: int = 0,
+) -> Head:
+    """Hidden states at the loss tokens, and the vocabulary head, with `vocab` ids if that is another number.
+
+    Only these tokens are ever projected onto the vocabulary. An adapter on the head is a term of its own.
+    """
     hidden, _ = decoder.apply(
         config, trainable, frozen, batch.tokens, batch.positions, batch.segments, None, dropout_key, layout
     )
-    chosen = jnp.take_along_axis(hidden, batch.loss_places[..., None], axis=1)
-    return decoder.logits(config, decoder.merge(trainable, frozen), chosen, layout)
+    groups, place = batch.loss_places.shape[0], layouts.loss
+    grouped = hidden.reshape(groups, -1, hidden.shape[-1])
+    if place is not None:
+        where = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(place.batch or None))
+        grouped = jax.lax.with_sharding_constraint(grouped, where)
+    chosen = jnp.take_along_axis(grouped, batch.loss_places[..., None], axis=1)
+    params = decoder.merge(trainable, frozen)
+    kernel = _resized(
+        params["embedding" if config.tie_embeddings else "head"], vocab, 0 if config.tie_embeddings else 1
+    )
+    head = Head((chosen,), (kernel,), (config.tie_embeddings,))
+    if not config.adapts_head:
+        return head
+    dropped = chosen
+    if dropout_key is not None:
+        assert config.lora is not None
+        # What a token drops goes by its place in the batch, so that it is the same however tokens are grouped.
+        places = jnp.arange(groups)[:, None] * grouped.shape[1] + batch.loss_places
+        dropped = _dropped(chosen, places, config.lora.dropout, jax.random.fold_in(dropout_key, _HEAD_DROPOUT))
+    down, up = decoder.low_rank(config, params, dropped), params["head_adapter"]["lora_b"]
+    return Head((*head.hidden, down), (kernel, _resized(up, vocab, 1)), (*head.transposed, False))
 
 
-def banned_mask(banned: Int[Array, "rows targets width"], vocab: int) -> Bool[Array, "rows targets vocab"]:
-    """Ids, padded with -1, to a mask over the vocabulary."""
+def _resized(kernel: Float[Array, "_ _"], vocab: int, side: int) -> Float[Array, "_ _"]:
+    """A kernel with `vocab` ids along one side; 0: as many as it has.
 
-    def mask(ids: Int[Array, " width"]) -> Bool[Array, " vocab"]:
-        place = jnp.where(ids < 0, vocab, ids)  # out of range: dropped by the scatter
-        return jnp.zeros(vocab, bool).at[place].set(True, mode="drop")
+    Rows beyond the shorter vocabulary belong to no token; the loss gives them no probability.
+    """
+    if not vocab or kernel.shape[side] == vocab:
+        return kernel
+    kernel = jax.lax.slice_in_dim(kernel, 0, min(vocab, kernel.shape[side]), axis=side)
+    widths = [(0, 0), (0, 0)]
+    widths[side] = (0, vocab - kernel.shape[side])
+    return jnp.pad(kernel, widths)
 
-    # Token by token: one scatter over rows, targets and ids would gather the ids of the whole batch on every device.
-    return jax.vmap(jax.vmap(mask))(banned)
+
+def _dropped(
+    hidden: Float[Array, "groups tokens d_model"], places: Int[Array, "groups tokens"], rate: float, key: Array
+) -> Float[Array, "groups tokens d_model"]:
+    """Dropout of hidden states, drawn for each token by its place."""
+    if not rate:
+        return hidden
+    keys = jax.vmap(jax.vmap(lambda place: jax.random.fold_in(key, place)))(places)
+    kept = jax.vmap(jax.vmap(lambda own: jax.random.bernoulli(own, 1 - rate, hidden.shape[-1:])))(keys)
+    return jnp.where(kept, hidden / (1 - rate), jnp.zeros((), hidden.dtype))
 
 
 def mean_loss(
@@ -192,50 +183,122 @@ def mean_loss(
     batch: Batch,
     dropout_key: Array | None = None,
     layouts: Layouts = ONE_DEVICE,
+    chunk_tokens: int = 0,
 ) -> Float[Array, ""]:
     """The objective summed over loss tokens and divided by their number, over the whole (global) batch.
 
-    Vocabularies of one tokenizer that are padded to different lengths are cut to the shorter one: what is cut are
-    padding rows, which `decoder.logits` has given no probability.
+    Args:
+      objective: what is minimised.
+      student_config, teacher_config: shapes. Vocabularies of one tokenizer may be padded to different lengths.
+      params: what is trained of the student.
+      frozen: everything else; see `Frozen`.
+      batch: all of its parts are added up; memory is needed for one of them.
+      dropout_key: turns dropout on; each part of the batch draws anew.
+      layouts: where everything lies.
+      chunk_tokens: see `fused.chunk_tokens`.
     """
-    student = _logits(student_config, params, frozen.student or {}, batch, layouts.student, dropout_key)
-    if objective.loss == "hard_label":
-        per_token = losses.hard_label(student, batch.loss_targets)
-    else:
+    total = jnp.sum(batch.loss_weights)
+
+    def part(index: Any, part: Batch) -> Float[Array, ""]:
+        key = dropout_key
+        if key is not None and batch.tokens.shape[0] > 1:
+            key = jax.random.fold_in(key, index)
+        return _summed_loss(
+            objective, student_config, teacher_config, params, frozen, part, total, key, layouts, chunk_tokens
+        )
+
+    return _over_parts(part, batch)
+
+
+def _over_parts(work: Callable[[Any, Batch], Any], batch: Batch) -> Any:
+    """Adds up what `work` makes of the parts of a batch, one after the other."""
+    count = batch.tokens.shape[0]
+    first = work(0, jax.tree.map(lambda x: x[0], batch)) if count == 1 else None
+    if count == 1:
+        return first
+    shapes = jax.eval_shape(work, 0, jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, work(*part)), None
+
+    return jax.lax.scan(add, zeros, (jnp.arange(count), batch))[0]
+
+
+def _summed_loss(
+    objective: Objective,
+    student_config: ModelConfig,
+    teacher_config: ModelConfig | None,
+    params: decoder.Params,
+    frozen: Frozen,
+    batch: Batch,
+    total: Float[Array, ""],
+    dropout_key: Array | None,
+    layouts: Layouts,
+    chunk_tokens: int,
+) -> Float[Array, ""]:
+    """One part of a batch: the sum over its loss tokens, divided by the number of all of them."""
+    place, vocab = layouts.loss, student_config.vocab_size
+    chunk = fused.chunk_tokens(
+        batch.loss_places.shape[1], vocab // (1 if place is None else place.parts), chunk_tokens, _memory(layouts)
+    )
+    batch = _padded(batch, chunk)
+    student = _head(student_config, params, frozen.student or {}, batch, layouts.student, layouts, dropout_key)
+    known, teacher, base = student_config.known_tokens, None, None
+    if objective.needs_teacher and batch.cached is None:
         assert teacher_config is not None
-        teacher = jax.lax.stop_gradient(_logits(teacher_config, frozen.teacher, {}, batch, layouts.teacher))
-        student, teacher = _cut_to_common(student, teacher)
-        if objective.logit_filter == "anchor":
-            plain = dataclasses.replace(student_config, lora=None)
-            base = jax.lax.stop_gradient(_logits(plain, frozen.base, {}, batch, layouts.student))
-            base, _ = _cut_to_common(base, teacher)
-            per_token = losses.anchored_kl(
-                student, teacher, base, banned_mask(batch.banned, student.shape[-1]), temperature=objective.temperature
-            )
-        else:
-            dropped = banned_mask(batch.banned, student.shape[-1]) if objective.logit_filter == "drop" else None
-            per_token = losses.forward_kl(student, teacher, temperature=objective.temperature, dropped=dropped)
-    return jnp.sum(per_token * batch.loss_weights) / jnp.sum(batch.loss_weights)
+        known = min(known, teacher_config.known_tokens)
+        teacher = _head(teacher_config, frozen.teacher, {}, batch, layouts.teacher, layouts, vocab=vocab)
+    if objective.logit_filter == "anchor":
+        plain = dataclasses.replace(student_config, lora=None)
+        base = _head(plain, frozen.base, {}, batch, layouts.student, layouts)
+    tokens = fused.Tokens(batch.loss_targets, batch.loss_weights / total, batch.banned, batch.cached)
+    return fused.divergence(objective, student, teacher, base, tokens, known=known, chunk=chunk, place=place)
 
 
-def _cut_to_common(
-    left: Float[Array, "rows targets left"], right: Float[Array, "rows targets right"]
-) -> tuple[Float[Array, "rows targets vocab"], Float[Array, "rows targets vocab"]]:
-    width = min(left.shape[-1], right.shape[-1])
-    return left[..., :width], right[..., :width]
+def _padded(batch: Batch, chunk: int) -> Batch:
+    """The loss tokens filled up to whole chunks with tokens of weight 0."""
+    missing = -batch.loss_places.shape[1] % chunk
+    if not missing:
+        return batch
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+
+    listed = jax.tree.map(pad, batch[3:])
+    return Batch(*batch[:3], *listed)
+
+
+def _memory(layouts: Layouts) -> int | None:
+    """Bytes of memory of a device; None on a CPU."""
+    layout = layouts.student
+    if layout is not None and isinstance(layout.mesh, jax.sharding.AbstractMesh):
+        return fused.UNKNOWN_MEMORY
+    device = jax.devices()[0] if layout is None else layout.device
+    if device.platform == "cpu":
+        return None
+    try:
+        stats = device.memory_stats() or {}
+    except (RuntimeError, NotImplementedError):  # a device that is compiled for, and is not here
+        stats = {}
+    return stats.get("bytes_limit", fused.UNKNOWN_MEMORY)
 
 
 def check_vocabularies(student: ModelConfig, teacher: ModelConfig) -> None:
-    """Refuses a KL between models whose tokenizers know different numbers of tokens.
+    """Refuses a divergence between models whose tokenizers know different numbers of tokens.
 
     Raises:
       ValueError: names both numbers.
     """
     if student.known_tokens != teacher.known_tokens:
         raise ValueError(
-            f"the student knows {student.known_tokens} tokens, the teacher {teacher.known_tokens}: a KL needs one "
-            "tokenizer for both; distil with hard labels (--config.student.objectives=hard), or use models of one family"
+            f"the student knows {student.known_tokens} tokens, the teacher {teacher.known_tokens}: a divergence needs one "
+            "vocabulary for both; distil with hard labels (--config.student.objectives=hard), use models of one family, or "
+            "cut both to what their tokenizers share (distill.vocabulary.align)"
         )
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
 
 
 def state_shardings(transformation: optax.GradientTransformation, state: TrainState, layout: Layout) -> TrainState:
@@ -263,6 +326,7 @@ def compiled_step(
     steps: int,
     seed: int,
     layouts: Layouts = ONE_DEVICE,
+    chunk_tokens: int = 0,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted step. Cached, so that every student of a run with the same shapes shares one compilation.
 
@@ -273,15 +337,23 @@ def compiled_step(
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step) if drops else None
-        loss, gradient = jax.value_and_grad(
-            lambda params: mean_loss(objective, student_config, teacher_config, params, frozen, batch, key, layouts)
-        )(state.params)
+        total, parts = jnp.sum(batch.loss_weights), batch.tokens.shape[0]
+
+        def loss_and_gradient(index: Any, part: Batch) -> Any:
+            own = jax.random.fold_in(key, index) if key is not None and parts > 1 else key
+            loss, gradient = jax.value_and_grad(
+                lambda params: _summed_loss(
+                    objective, student_config, teacher_config, params, frozen, part, total, own, layouts, chunk_tokens
+                )
+            )(state.params)
+            if parts > 1:  # small parts must not be lost in the sum, whatever the master copy is kept in
+                gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
+            return loss, gradient
+
+        # One part's activations at a time: the gradient is taken part by part, not of the sum.
+        loss, gradient = _over_parts(loss_and_gradient, batch)
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
-        metrics = {
-            "loss": loss,
-            "gradient_norm": optax.tree.norm(gradient),
-            "loss_tokens": jnp.sum(batch.loss_weights),
-        }
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "loss_tokens": total}
         after = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         if layouts.student is not None:
             # What comes out lies where it came in: the next step compiles to the same program, and donation holds.

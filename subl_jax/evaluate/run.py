@@ -17,7 +17,8 @@ from absl import logging
 
 from subl_jax.chat.rendering import Renderer
 from subl_jax.distill.batches import BatchSource
-from subl_jax.distill.step import Frozen, Objective, mean_loss
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.step import Frozen, mean_loss
 from subl_jax.evaluate.readout import NameScores, score_names
 from subl_jax.metrics.progress import progress
 from subl_jax.models.config import ModelConfig
@@ -32,6 +33,7 @@ from subl_jax.trajectory import FAILED, Trajectory
 TASK_SEED = 0
 # Whole conversations kept for the report, from the head of the ambiguous list.
 EXAMPLES = 12
+FORWARD_KL = Objective()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +155,13 @@ def score_tasks(
 
 
 @functools.cache
-def _divergence(config: ModelConfig, reference: ModelConfig):
-    """The jitted mean forward KL of one batch."""
-    return jax.jit(lambda params, frozen, batch: mean_loss(Objective(), config, reference, params, frozen, batch))
+def _divergence(config: ModelConfig, reference: ModelConfig, objective: Objective):
+    """The jitted mean divergence of one batch."""
+    return jax.jit(lambda params, frozen, batch: mean_loss(objective, config, reference, params, frozen, batch))
+
+
+# Documents of a divergence that are worked on at a time: their activations are what memory is needed for.
+DOCUMENTS_AT_ONCE = 8
 
 
 def held_out_divergence(
@@ -165,11 +171,15 @@ def held_out_divergence(
     reference: Any,
     documents: Sequence[Trajectory],
     row_tokens: int,
+    objective: Objective = FORWARD_KL,
 ) -> float:
-    """Mean KL(reference || model) in nats per assistant token on held-out documents."""
+    """Mean divergence in nats per assistant token on held-out documents: KL(reference || model) by default."""
     rows, capacity = len(documents), max(row_tokens, *(len(document.tokens) for document in documents))
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= DOCUMENTS_AT_ONCE)
     # Every document is planned to fill a row, so that each stands in the batch exactly once.
-    batch = BatchSource(documents, [capacity] * rows, capacity, rows, 1, 0).batch(0)
+    batch = BatchSource(documents, [capacity] * rows, capacity, rows, 1, 0, micro=parts).batch(0)
     return float(
-        _divergence(config, reference_config)(params, Frozen(teacher=reference), jax.tree.map(jnp.asarray, batch))
+        _divergence(config, reference_config, objective)(
+            params, Frozen(teacher=reference), jax.tree.map(jnp.asarray, batch)
+        )
     )
