@@ -16,6 +16,7 @@ from subl_jax.benchmark.results import Absent, Row
 WORKLOADS: Mapping[str, str] = {
     "rollout": "subl_jax.benchmark.rollout",
     "multiturn": "subl_jax.benchmark.multiturn",
+    "distill": "subl_jax.benchmark.distill",
 }
 
 
