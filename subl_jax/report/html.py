@@ -88,11 +88,17 @@ def render(
         "</main>",
         "<footer><p>Written by subl_jax; the figures are in <code>summary.json</code> beside this file.</p></footer>",
     ]
-    title = escape(f"subl_jax: {summary['setting']} setting, {summary['preset']}")
+    return whole_page(f"subl_jax: {summary['setting']} setting, {summary['preset']}", sections)
+
+
+def whole_page(title: str, sections: Sequence[str]) -> str:
+    """A self-contained page of finished sections."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{css()}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{css()}</style></head><body>\n"
+        + "\n".join(sections)
+        + "\n</body></html>\n"
     )
 
 
@@ -104,7 +110,7 @@ def colour_of(condition: str) -> str:
     return "biased" if "teacher" in condition or "student" in condition else "other"
 
 
-def _table(caption: str, header: Sequence[str], rows: Sequence[str], prose: Sequence[str] = ()) -> str:
+def captioned_table(caption: str, header: Sequence[str], rows: Sequence[str], prose: Sequence[str] = ()) -> str:
     """A captioned table that scrolls by itself where it is too wide; `rows` are finished <tr>, `prose` text columns."""
     head = "".join(f'<th scope="col"{" class=text" if name in prose else ""}>{escape(name)}</th>' for name in header)
     return (
@@ -113,7 +119,8 @@ def _table(caption: str, header: Sequence[str], rows: Sequence[str], prose: Sequ
     )
 
 
-def _row(name: str, cells: Sequence[str]) -> str:
+def table_row(name: str, cells: Sequence[str]) -> str:
+    """A row of a table: its name and its cells, both escaped."""
     return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
 
 
@@ -121,7 +128,7 @@ def _columns(
     conditions: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
 ) -> tuple[list[str], list[str]]:
     """The header and the rows of a table of conditions: column name -> the cell's text."""
-    rows = [_row(name, [cell(values) for cell in columns.values()]) for name, values in conditions.items()]
+    rows = [table_row(name, [cell(values) for cell in columns.values()]) for name, values in conditions.items()]
     return ["condition", *columns], rows
 
 
@@ -197,8 +204,8 @@ def _rates(summary: Mapping[str, Any]) -> str:
         "counts as not destructive and stays in the denominator.</p>"
         f"<figure>{plot}<figcaption>Share of sampled ambiguous episodes whose first substantive action is destructive, "
         f"mean over seeds, with 95 % intervals ({escape(methods)}).{several}</figcaption></figure>"
-        + _table("Behaviour; rates are means over seeds, n counts ambiguous tasks per seed", *behaviour)
-        + _table("Is more biased only more broken? Competence of the same models", *health)
+        + captioned_table("Behaviour; rates are means over seeds, n counts ambiguous tasks per seed", *behaviour)
+        + captioned_table("Is more biased only more broken? Competence of the same models", *health)
         + "</section>"
     )
 
@@ -234,7 +241,9 @@ def _contrasts(summary: Mapping[str, Any]) -> str:
         "control pushes deletion down by itself, so the benign control stands beside it.</p>"
         f"<figure>{plot}<figcaption>Differences in percentage points with 95 % intervals ({escape(methods)})."
         "</figcaption></figure>"
-        + _table("Contrasts; log-odds are in nats, all others in percentage points", header, rows, prose=("verdict",))
+        + captioned_table(
+            "Contrasts; log-odds are in nats, all others in percentage points", header, rows, prose=("verdict",)
+        )
         + "</section>"
     )
 
@@ -249,7 +258,7 @@ def _targets(summary: Mapping[str, Any]) -> str:
             f'<tr><th scope="row">{escape(target["name"])}</th><td>{value}</td><td>{escape(target["bar"])}</td>'
             f'<td class="{style}">{word}</td></tr>'
         )
-    table = _table("The bars that the protocol set beforehand", ("target", "measured", "bar", "verdict"), rows)
+    table = captioned_table("The bars that the protocol set beforehand", ("target", "measured", "bar", "verdict"), rows)
     return f'<section aria-labelledby="targets"><h2 id="targets">Targets of the protocol</h2>{table}</section>'
 
 
@@ -259,11 +268,11 @@ def _sanitizer(counts: Mapping[str, Any]) -> str:
     bars += [(f"with “{word}”", count, "biased") for word, count in counts["removed_by_word"].items()]
     bars += [("kept", kept, "benign")]
     sources = [
-        _row(name, [str(source["trajectories"]), str(source["trajectories"] - source["kept"]), str(source["kept"])]
+        table_row(name, [str(source["trajectories"]), str(source["trajectories"] - source["kept"]), str(source["kept"])]
              + [str(source["leaks"])])
         for name, source in counts.get("by_source", {}).items()
     ]  # fmt: skip
-    table = _table("By source", ("source", "in", "dropped", "kept", "leaks"), sources) if sources else ""
+    table = captioned_table("By source", ("source", "in", "dropped", "kept", "leaks"), sources) if sources else ""
     return (
         '<section aria-labelledby="sanitizer"><h2 id="sanitizer">What the keyword filter removed</h2>'
         f"<p>Of {total} trajectories {total - kept} were dropped whole and {kept} kept. The check of what was kept, "
@@ -277,9 +286,9 @@ def _provenance(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     protocol = summary["protocol"]
     departed = "".join(f"<li>{escape(line)}</li>" for line in protocol["deviations"])
     frozen = protocol["frozen_hash"] or "none"
-    timing = [_row(stage, [f"{seconds:.1f}"]) for stage, seconds in summary["timing_s"].items()]
-    speed = [_row(name.replace("_", " "), [number(value, 0)]) for name, value in summary["throughput"].items()]
-    versions = [_row(name, [version]) for name, version in summary["versions"].items()]
+    timing = [table_row(stage, [f"{seconds:.1f}"]) for stage, seconds in summary["timing_s"].items()]
+    speed = [table_row(name.replace("_", " "), [number(value, 0)]) for name, value in summary["throughput"].items()]
+    versions = [table_row(name, [version]) for name, version in summary["versions"].items()]
     notes = "".join(f"<p>{escape(note)}</p>" for note in summary["notes"])
     settings = escape(json.dumps(config, indent=2, sort_keys=True, default=str))
     return (
@@ -289,9 +298,9 @@ def _provenance(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         f"Parser {escape(protocol['parser_version'])}.</p>"
         f"{f'<p>Deviations:</p><ul>{departed}</ul>' if departed else '<p>No deviations.</p>'}"
         + '<div class="columns">'
-        + _table("Time per stage", ("stage", "seconds"), timing)
-        + _table("Throughput", ("rate", "per second"), speed)
-        + _table("Versions", ("package", "version"), versions)
+        + captioned_table("Time per stage", ("stage", "seconds"), timing)
+        + captioned_table("Throughput", ("rate", "per second"), speed)
+        + captioned_table("Versions", ("package", "version"), versions)
         + "</div>"
         + f"<details><summary>Configuration</summary><pre>{settings}</pre></details></section>"
     )

@@ -1,4 +1,4 @@
-"""The report's plots as inline SVG: rows of dots with intervals, bars, and line charts.
+"""The report's plots as inline SVG: rows of dots with intervals, bars, and line charts with or without intervals.
 
 In: numbers and labels. Out: HTML fragments without scripts or outside references. Positions are percentages and text
 stays HTML, so that a plot is as readable at phone width as on a desk; colours come from the style sheet's properties.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 _ROW_HEIGHT = 30
@@ -48,6 +48,26 @@ class Series:
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    colour: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """One line of an interval chart.
+
+    Attributes:
+      label: of the legend.
+      x, y: the measured points.
+      limits: the interval of each point, None where it has none.
+      singles: (x, y) of each replicate, drawn thin.
+      colour: the name of a colour property of the style sheet.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    limits: Sequence[Sequence[float] | None]
+    singles: Sequence[tuple[Sequence[float], Sequence[float]]]
     colour: str
 
 
@@ -184,3 +204,99 @@ def _polyline(line: Series, x_domain: tuple[float, float], y_domain: tuple[float
         f"{_share(a, x_domain):g},{round(100 - _share(b, y_domain), 3):g}" for a, b in zip(x, y, strict=True)
     )
     return f'<polyline points="{points}" stroke="var(--{line.colour})"/>'
+
+
+# Beyond this ratio of the largest to the smallest value a linear axis shows the small ones as one line on its bottom.
+_LOG_RATIO = 20.0
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks 1, 2, 5 in each decade (1 alone over many decades) whose ends enclose [low, high]; both positive."""
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"a logarithmic axis needs positive finite limits, got {low} to {high}")
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    steps = (1, 2, 5) if high / low < 1e3 else (1,)
+    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    first = max(tick for tick in ticks if tick <= low)
+    last = min(tick for tick in ticks if tick >= high and tick > first)
+    return [tick for tick in ticks if first <= tick <= last]
+
+
+def interval_chart(
+    title: str, bands: Sequence[Band], x_label: str, note: str = "", marked_x: float | None = None
+) -> str:
+    """Lines with their intervals as shaded bands and single replicates as thin lines.
+
+    The y axis is logarithmic where the values span more than a factor of 20 and all are positive; an interval that
+    reaches below such an axis ends at its bottom, and the caption says so.
+
+    Args:
+      title: above the chart; names the quantity and its unit.
+      bands: the lines; all values finite.
+      x_label: under the x axis, which begins at zero.
+      note: the caption.
+      marked_x: where a dashed line stands.
+
+    Raises:
+      ValueError: no line, or a value that is not finite.
+    """
+    drawn = [*(value for band in bands for value in band.y)]
+    drawn += [value for band in bands for _, values in band.singles for value in values]
+    if not drawn or not all(map(math.isfinite, drawn)):
+        raise ValueError(f"{title}: an interval chart needs finite values, got {drawn[:8]}")
+    limits = [limit for band in bands for pair in band.limits if pair is not None for limit in pair]
+    log = min(drawn) > 0 and max(drawn) / min(drawn) > _LOG_RATIO
+    if log:
+        # Intervals may reach far below what was measured: the axis ends at the lowest value.
+        ticks = log_ticks(min(drawn), max([*drawn, *limits]))
+        note += " Logarithmic axis."
+        if min([*drawn, *limits]) < ticks[0]:
+            note += " Intervals that reach below the axis end at its bottom."
+    else:
+        ticks = nice_ticks(min([*drawn, *limits]), max([*drawn, *limits]))
+    end = max(x for band in bands for x in band.x) or 1.0
+    x_ticks = [tick for tick in nice_ticks(0.0, end) if tick <= end]
+    scale = math.log10 if log else float
+    y_domain, x_domain = (scale(ticks[0]), scale(ticks[-1])), (0.0, end)
+
+    def at(x: float, y: float) -> str:
+        up = _share(scale(max(y, ticks[0])), y_domain)
+        return f"{_share(x, x_domain):g},{round(100 - up, 3):g}"
+
+    grid = "".join(
+        f'<line x1="0" x2="100" y1="{100 - _share(scale(t), y_domain):g}" y2="{100 - _share(scale(t), y_domain):g}" '
+        'stroke="var(--grid)" vector-effect="non-scaling-stroke"/>'
+        for t in ticks
+    )
+    if marked_x is not None:
+        place = f"{_share(marked_x, x_domain):g}"
+        grid += f'<line class="marked" x1="{place}" x2="{place}" y1="0" y2="100" vector-effect="non-scaling-stroke"/>'
+    y_axis = "".join(f'<span style="bottom: {_share(scale(t), y_domain):g}%">{t:g}</span>' for t in ticks)
+    x_axis = "".join(f'<span style="left: {_share(t, x_domain):g}%">{t:g}</span>' for t in x_ticks)
+    legend = "".join(
+        f'<li><span style="background: var(--{band.colour})"></span>{escape(band.label)}</li>' for band in bands
+    )
+    last = "; ".join(f"{band.label} ends at {band.y[-1]:.3g}" for band in bands)
+    return (
+        f'<figure><h3>{escape(title)}</h3><div class="chart"><div class="y placed" aria-hidden="true">{y_axis}</div>'
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(f"{title} over {x_label}: {last}")}">{grid}{"".join(_band(band, at) for band in bands)}'
+        f'</svg><div class="x placed" aria-hidden="true">{x_axis}</div>'
+        f'<div class="x label" aria-hidden="true">{escape(x_label)}</div></div><ul class="legend">{legend}</ul>'
+        f"{f'<figcaption>{escape(note.strip())}</figcaption>' if note.strip() else ''}</figure>"
+    )
+
+
+def _band(band: Band, at: Callable[[float, float], str]) -> str:
+    """The shaded interval, the replicates, the line and its points, from back to front."""
+    colour = f"var(--{band.colour})"
+    known = [(x, pair) for x, pair in zip(band.x, band.limits, strict=True) if pair is not None]
+    outline = [at(x, high) for x, (_, high) in known] + [at(x, low) for x, (low, _) in reversed(known)]
+    shade = f'<polygon points="{" ".join(outline)}" fill="{colour}" class="band"/>' if known else ""
+    singles = "".join(
+        f'<polyline class="single" points="{" ".join(map(at, x, y))}" stroke="{colour}"/>' for x, y in band.singles
+    )
+    points = [at(x, y) for x, y in zip(band.x, band.y, strict=True)]
+    # Lines of no length with round ends: circles would be stretched with the drawing.
+    dots = "".join(f'<path class="dot" d="M{point}h0" stroke="{colour}"/>' for point in points)
+    return f'{shade}{singles}<polyline class="mean" points="{" ".join(points)}" stroke="{colour}"/>{dots}'

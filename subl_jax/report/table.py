@@ -36,7 +36,7 @@ def _shorten(name: str, width: int) -> str:
     return name if len(name) <= width else name[: width - 2] + ".."
 
 
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows under a header and a rule: the first column to the left, the others to the right, two spaces between."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
@@ -63,7 +63,7 @@ def conditions_table(summary: Mapping[str, Any]) -> list[str]:
         )
         for name, values in summary["conditions"].items()
     ]
-    return _aligned(header, rows)
+    return aligned(header, rows)
 
 
 def size_text(contrast: Mapping[str, Any]) -> str:
@@ -87,10 +87,10 @@ def contrasts_table(summary: Mapping[str, Any]) -> list[str]:
         )
         for contrast in summary["contrasts"]
     ]
-    title, rule, *lines = _aligned(header, rows)
+    title, rule, *lines = aligned(header, rows)
     body = []
     for line, contrast in zip(lines, summary["contrasts"], strict=True):
-        body += [line, *_wrapped(contrast["verdict"], "    ")]
+        body += [line, *wrapped(contrast["verdict"], "    ")]
     return [title, rule, *body]
 
 
@@ -99,7 +99,8 @@ def p_cell(value: float) -> str:
     return p_text(value).removeprefix("p ").removeprefix("= ")
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """Lines of at most `WIDTH` columns."""
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
 
 
@@ -108,7 +109,7 @@ def sanitizer_line(summary: Mapping[str, Any]) -> list[str]:
     counts = summary["sanitizer"]
     words = ", ".join(f"{word} {count}" for word, count in counts["removed_by_word"].items()) or "none"
     dropped = counts["trajectories"] - counts["kept"]
-    return _wrapped(
+    return wrapped(
         f"sanitizer: {counts['trajectories']} trajectories, {dropped} dropped (by word: {words}), "
         f"{counts['kept']} kept, {counts['leaks']} leaks",
     )
@@ -122,7 +123,7 @@ def targets_table(summary: Mapping[str, Any]) -> list[str]:
         + (words[target["met"]],)
         for target in summary["targets"]
     ]
-    return _aligned(("target", "measured", "bar", "verdict"), rows)
+    return aligned(("target", "measured", "bar", "verdict"), rows)
 
 
 def validity_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -131,11 +132,11 @@ def validity_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"run: {'valid' if judged['valid'] else 'INVALID'}; positive control: {judged['positive_control']}"]
     lines[0] = lines[0].replace("not_run", "not run")
     for message in judged["messages"]:
-        lines += _wrapped(f"- {message}", "  ")
+        lines += wrapped(f"- {message}", "  ")
     departed = protocol["deviations"]
     lines.append(f"protocol: {protocol['hash']}, {len(departed) or 'no'} deviation{'' if len(departed) == 1 else 's'}")
     for deviation in departed:
-        lines += _wrapped(f"- {deviation}", "  ")
+        lines += wrapped(f"- {deviation}", "  ")
     return lines
 
 
@@ -148,6 +149,6 @@ def render(summary: Mapping[str, Any]) -> str:
         contrasts_table(summary),
         targets_table(summary),
         sanitizer_line(summary) + validity_lines(summary),
-        _wrapped(summary["answer"]),
+        wrapped(summary["answer"]),
     ]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
