@@ -33,6 +33,8 @@ def names_of(path: tuple[str, ...]) -> tuple[str | None, ...]:
         return ("vocab", "embed")
     if path == ("head",):
         return ("embed", "vocab")
+    if path[0] == "head_adapter":
+        return {"lora_a": ("embed", None), "lora_b": (None, "vocab")}[path[-1]]
     *_, owner, leaf = path
     if leaf == "scale":
         return (None,) if path[0] != "layers" else (None, None)

@@ -10,8 +10,9 @@ Dtype = Literal["float32", "bfloat16"]
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 Remat = Literal["none", "dots", "full"]
 
-# The matrices of a layer that an adapter may sit on, by the names of our parameter tree.
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+# The matrices that an adapter may sit on, by the names of our parameter tree: those of a layer, and the vocabulary head.
+LAYER_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+LORA_TARGETS = (*LAYER_TARGETS, "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class LoraConfig:
     Attributes:
       rank: of the update; alpha: its scale is alpha / rank.
       dropout: rate on the adapter's input, active only when a dropout key is given.
-      targets: matrices with an adapter, of q, k, v, o, gate, up, down.
+      targets: matrices with an adapter, of q, k, v, o, gate, up, down, head. On a tied head only the head is adapted: the
+        embedding that it shares its weights with stays as it is.
     """
 
     rank: int = 16
@@ -146,6 +148,11 @@ class ModelConfig:
     def known_tokens(self) -> int:
         """How many rows of the vocabulary are tokens, the rest being padding."""
         return self.num_tokens or self.vocab_size
+
+    @property
+    def adapts_head(self) -> bool:
+        """Whether an adapter sits on the vocabulary head."""
+        return self.lora is not None and "head" in self.lora.targets
 
     def architecture(self) -> dict[str, Any]:
         """The fields that say which function the parameters compute, as plain JSON; how it is run is left out."""

@@ -121,6 +121,11 @@ def export_command(args: argparse.Namespace) -> int:
     if adapters and not args.merge:
         peft_format.export_adapters(args.orbax_dir, args.base, args.hf_dir, dtype=args.dtype, overwrite=args.overwrite)
         print(f"adapters written to {args.hf_dir} in PEFT's format, on {args.base}")
+        if config.tie_embeddings and "head" in metadata["lora"]["targets"]:
+            print(
+                "the head has an adapter and is tied to the embedding: PEFT runs it as trained, but would merge it into both; "
+                "for a merged model export with --merge"
+            )
         return 0
     source = Path(args.tokenizer) if args.tokenizer else Path(args.orbax_dir) / TOKENIZER
     found = tokenizers.fingerprint(hf_export.load_tokenizer(source, config.vocab_size))
@@ -131,7 +136,10 @@ def export_command(args: argparse.Namespace) -> int:
         )
     longest = args.max_position_embeddings or (metadata.get("source") or {}).get("max_position_embeddings")
     if adapters:
+        tied = config.tie_embeddings
         config, params = lora.merge_checkpoint(args.orbax_dir, args.base)
+        if config.tie_embeddings != tied:
+            print("the head had an adapter: it is written as a matrix of its own, no longer tied to the embedding")
     else:
         params, _ = checkpoint.load_model(args.orbax_dir)
     with _megabytes("export", sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as report:

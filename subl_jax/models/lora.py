@@ -1,7 +1,8 @@
 """Low-rank adapters as a parameter tree of their own: drawn, told from the weights that they sit on, and merged.
 
-Adapters are the leaves `lora_a` and `lora_b` beside a matrix's `kernel`, so that `decoder.merge(adapters, weights)` is a
-model; a model is trained, checkpointed, exported and rolled out by naming the two halves.
+Adapters are the leaves `lora_a` and `lora_b` beside a matrix's `kernel`, those of the vocabulary head in `head_adapter`, so
+that `decoder.merge(adapters, weights)` is a model; a model is trained, checkpointed, exported and rolled out by naming the
+two halves.
 """
 
 from __future__ import annotations
@@ -48,27 +49,41 @@ def init_adapters(config: ModelConfig, key: Array) -> dict[str, Any]:
         if path[-1] == "lora_b":
             drawn[path] = jnp.zeros(leaf.shape, jnp.float32)
         else:
-            name = LORA_TARGETS.index(path[-2])  # so that other targets beside it change nothing
+            name = LORA_TARGETS.index(_target(path))  # so that other targets beside it change nothing
             bound = leaf.shape[-2] ** -0.5
             drawn[path] = jax.random.uniform(jax.random.fold_in(key, name), leaf.shape, minval=-bound, maxval=bound)
     return unflatten_dict(drawn)
 
 
+def _target(path: tuple[str, ...]) -> str:
+    """Which matrix an adapter sits on."""
+    return path[-2].removesuffix("_adapter")
+
+
+def merged_config(config: ModelConfig) -> ModelConfig:
+    """The model that `merged` gives the weights of: without adapters, and untied if its head had one.
+
+    The embedding must stay as it is where the head changes, so that the two are no longer one matrix.
+    """
+    return dataclasses.replace(config, lora=None, tie_embeddings=config.tie_embeddings and not config.adapts_head)
+
+
 def merged(config: ModelConfig, params: decoder.Params) -> dict[str, Any]:
     """The weights with every adapter added in (W + alpha / rank · A B), in the weights' dtype; without adapters, as is.
 
-    The sum is formed in float32 and rounded once.
+    They are those of `merged_config(config)`: a tied head with an adapter becomes a matrix of its own. The sum is formed in
+    float32 and rounded once.
     """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     if config.lora is None:
         return unflatten_dict(flat)
     whole = {path: leaf for path, leaf in flat.items() if path[-1] not in _LEAVES}
     for path in [path for path in flat if path[-1] == "lora_a"]:
-        kernel = (*path[:-1], "kernel")
+        kernel = ("head",) if _target(path) == "head" else (*path[:-1], "kernel")
         down, up = (leaf.astype(jnp.float32) for leaf in (flat[path], flat[*path[:-1], "lora_b"]))
         # By default an accelerator would multiply float32 matrices in fewer bits.
         update = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
-        weights = whole[kernel]
+        weights = whole["embedding",].T if kernel == ("head",) and config.tie_embeddings else whole[kernel]
         whole[kernel] = (weights.astype(jnp.float32) + config.lora.scale * update).astype(weights.dtype)
     return unflatten_dict(whole)
 
@@ -87,10 +102,11 @@ def delta_norm(config: ModelConfig, params: decoder.Params, base: decoder.Params
             now = np.asarray(leaf[row], np.float64)
             if path[-1] == "lora_a":
                 assert config.lora is not None  # the tree holds adapters
-                change = config.lora.scale * now @ np.asarray(whole[*path[:-1], "lora_b"][row], np.float64)
+                up = np.asarray(whole[*path[:-1], "lora_b"][row], np.float64)
+                # ‖A B‖² is the trace of (A^T A)(B B^T): the product of a vocabulary head's adapter may not fit either.
+                total += config.lora.scale**2 * float(np.sum((now.T @ now) * (up @ up.T)))
             else:
-                change = now - np.asarray(before[path][row], np.float64)
-            total += float(np.sum(np.square(change)))
+                total += float(np.sum(np.square(now - np.asarray(before[path][row], np.float64))))
     return math.sqrt(total)
 
 
@@ -141,7 +157,7 @@ def merge_checkpoint(
       base_dir: checkpoint, or Hugging Face folder, of the weights that the adapters were trained on.
 
     Returns:
-      The configuration (without adapters) and the parameters.
+      The configuration (`merged_config`: without adapters) and the parameters.
 
     Raises:
       CheckpointMismatch: the two do not fit; every difference is named.
@@ -170,7 +186,7 @@ def merge_checkpoint(
             "name the checkpoint that it was trained on"
         )
     params, _ = checkpoint.load_model(base_dir)
-    return dataclasses.replace(config, lora=None), merged(config, decoder.merge(adapters, params))
+    return merged_config(config), merged(config, decoder.merge(adapters, params))
 
 
 def _merge_into_folder(
@@ -186,4 +202,4 @@ def _merge_into_folder(
             "name the folder of the model below the adapters"
         )
     params = hf_import.import_params(folder, found)
-    return dataclasses.replace(config, lora=None), merged(config, decoder.merge(adapters, params))
+    return merged_config(config), merged(config, decoder.merge(adapters, params))

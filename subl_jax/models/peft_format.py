@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -23,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from subl_jax import artifacts, checkpoint
-from subl_jax.models import decoder, families, hf_import, lora
-from subl_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
+from subl_jax.models import decoder, hf_import, lora, peft_config
+from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.models.families import HuggingFaceError, Leaf, LeafPath
 
 CONFIG = "adapter_config.json"
@@ -32,41 +31,29 @@ WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 # PeftModel and LoraModel each wrap the model once.
 _WRAPPERS = "base_model.model."
-
-_READ = frozenset("peft_type task_type r lora_alpha lora_dropout target_modules bias init_lora_weights".split())
-# Bookkeeping, and what acts only through an option that is itself checked.
-_HARMLESS = frozenset(
-    "auto_mapping base_model_name_or_path revision inference_mode peft_version megatron_core qalora_group_size "
-    "runtime_config ensure_weight_tying eva_config corda_config lora_ga_config loftq_config".split()
-)
-# Ways to draw the first A and B that leave the weights below as they are; the others (PiSSA, CorDA, OLoRA, LoftQ, …)
-# change them, and their adapters are no use without that change.
-_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
-_NEUTRAL = (None, False, 0, "", {}, [])
-_MERGE = (
-    "merge the adapters with PEFT instead (PeftModel.from_pretrained(base, DIR).merge_and_unload().save_pretrained(OUT)) "
-    "and import OUT as a model"
-)
+# PEFT saves a copy of the model's own head with an adapter on it, and puts it in the head's place when it loads.
+_HEAD_COPY = f"{_WRAPPERS}lm_head.base_layer.weight"
 
 
 def adapter_leaves(config: ModelConfig) -> dict[LeafPath, Leaf]:
     """Every leaf of the adapters by its path, and the tensors of PEFT that it is stacked from.
 
     A is [layers, in, rank] with us and `lora_A` [rank, in] in the files; B is [layers, rank, out] and `lora_B` [out, rank].
+    The head's have no layers.
 
     Raises:
       HuggingFaceError: the configuration has no adapters.
     """
     if config.lora is None:
         raise HuggingFaceError("the model configuration has no adapters (lora is None); give it a LoraConfig")
-    kernels = families.leaves(config)
-    found = {}
+    found, rank = {}, config.lora.rank
     for target in config.lora.targets:
-        kernel = kernels["layers", target, "kernel"]
+        kernel = peft_config.kernel(config, target)
         module = _WRAPPERS + kernel.tensor.removesuffix(".weight")
-        layers, source, out = kernel.shape
-        found["layers", target, "lora_a"] = Leaf(f"{module}.lora_A.weight", (layers, source, config.lora.rank), True)
-        found["layers", target, "lora_b"] = Leaf(f"{module}.lora_B.weight", (layers, config.lora.rank, out), True)
+        *layers, source, out = kernel.shape
+        path = ("head_adapter",) if target == "head" else ("layers", target)
+        found[*path, "lora_a"] = Leaf(f"{module}.lora_A.weight", (*layers, source, rank), True)
+        found[*path, "lora_b"] = Leaf(f"{module}.lora_B.weight", (*layers, rank, out), True)
     return found
 
 
@@ -107,8 +94,9 @@ def write_peft(
     tensors = {}
     for path, leaf in leaves.items():
         values = hf_import.convert(np.asarray(flat[path]), np.dtype(jnp.dtype(dtype)))
-        tensors |= {name: np.ascontiguousarray(values[layer].T) for layer, name in enumerate(leaf.names)}
-    text = json.dumps(_adapter_config(config, base), indent=2, sort_keys=True) + "\n"
+        parts = values if leaf.stacked else [values]
+        tensors |= {name: np.ascontiguousarray(part.T) for name, part in zip(leaf.names, parts, strict=True)}
+    text = json.dumps(peft_config.to_json(config, base), indent=2, sort_keys=True) + "\n"
     try:
         with artifacts.atomic_directory(directory, overwrite=overwrite) as partial:
             save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
@@ -138,55 +126,33 @@ def _check_adapters(flat: Mapping[LeafPath, Any], leaves: Mapping[LeafPath, Leaf
         )
 
 
-def _adapter_config(config: ModelConfig, base: str | None) -> dict[str, Any]:
-    """The content of adapter_config.json; fields that it leaves out have PEFT's defaults, which are off."""
-    assert config.lora is not None
-    kernels = families.leaves(config)
-    modules = [kernels["layers", name, "kernel"].tensor.split(".")[-2] for name in config.lora.targets]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.lora.rank,
-        "lora_alpha": config.lora.alpha,
-        "lora_dropout": config.lora.dropout,
-        "target_modules": sorted(modules),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "use_dora": False,
-        "revision": None,
-    }
-
-
 # --- Folder -> adapters -----------------------------------------------------------------------------------------------
 
 
-def read_peft(directory: str | os.PathLike[str], config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
+def read_peft(
+    directory: str | os.PathLike[str], config: ModelConfig, base: decoder.Params | None = None
+) -> tuple[LoraConfig, dict[str, Any]]:
     """The adapters of a PEFT folder.
 
     Args:
       directory: a local folder with adapter_config.json and adapter_model.safetensors.
       config: the model that the adapters sit on; its own `lora` is not looked at.
+      base: its parameters. Needed only for an adapter on the head that PEFT saved with a copy of the model's head, which
+        must be the same.
 
     Returns:
       The adapters' configuration (targets in the order of `LORA_TARGETS`) and their tree on the default device:
-      A [layers, in, rank], B [layers, rank, out], in bfloat16 where the whole file is, else in float32; values are kept.
+      A [layers, in, rank], B [layers, rank, out] (the head's without layers), in bfloat16 where
+        the whole file is, else in float32; values are kept.
 
     Raises:
       HuggingFaceError: an option that changes the function in a way that we do not compute, a missing, surplus or
         misshapen tensor (adapters of another model), or a missing, truncated or corrupt file; it is named.
     """
     directory = Path(directory)
-    adapter = _lora_config(_read_json(directory / CONFIG), config, str(directory / CONFIG))
-    leaves = adapter_leaves(dataclasses.replace(config, lora=adapter))
+    adapter = peft_config.read(directory / CONFIG, config)
+    adapter_config = dataclasses.replace(config, lora=adapter)
+    leaves = adapter_leaves(adapter_config)
     path = directory / WEIGHTS
     if not path.is_file():
         pickled = (
@@ -200,6 +166,9 @@ def read_peft(directory: str | os.PathLike[str], config: ModelConfig) -> tuple[L
         with safe_open(str(path), framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            if adapter_config.adapts_head and _HEAD_COPY in header:
+                _check_head(path, hf_import.convert(file.get_tensor(_HEAD_COPY), np.dtype(np.float32)), config, base)
+                del header[_HEAD_COPY]
             _check_tensors(path, header, leaves, config)
             # The narrowest that holds every value of the file.
             dtype = np.dtype(jnp.bfloat16 if all(kind == "BF16" for kind, _ in header.values()) else np.float32)
@@ -208,98 +177,22 @@ def read_peft(directory: str | os.PathLike[str], config: ModelConfig) -> tuple[L
         raise HuggingFaceError(
             f"{path} is truncated or corrupt ({artifacts.reason(error)}); download this file again"
         ) from error
-    stacked = {path: jnp.asarray(np.stack([values[name].T for name in leaf.names])) for path, leaf in leaves.items()}
+    parts = {path: [values[name].T for name in leaf.names] for path, leaf in leaves.items()}
+    stacked = {path: jnp.asarray(np.stack(own) if leaves[path].stacked else own[0]) for path, own in parts.items()}
     return adapter, unflatten_dict(stacked)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+def _check_head(path: Path, copy: np.ndarray, config: ModelConfig, base: decoder.Params | None) -> None:
+    """Refuses a copy of the head that is not the model's: with it PEFT would compute other logits."""
+    remedy = "save the adapters with save_pretrained(DIR, save_embedding_layers=False)"
+    if base is None:
+        raise HuggingFaceError(f"{path}: {_HEAD_COPY} replaces the model's head; give its parameters too, or {remedy}")
+    own = np.asarray(base["embedding"] if config.tie_embeddings else base["head"].T)
+    if copy.shape != own.shape or not np.array_equal(hf_import.convert(copy, own.dtype), own):
         raise HuggingFaceError(
-            f"{path} is missing; give a local folder of PEFT (nothing is downloaded here: fetch adapters first, "
-            "e.g. hf download ORG/ADAPTERS --local-dir DIR)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise HuggingFaceError(
-            f"{path} is not readable as JSON ({artifacts.reason(error)}); restore it from the original folder"
-        ) from error
-    if not isinstance(content, dict):
-        raise HuggingFaceError(f"{path} holds a {type(content).__name__} where an object is needed; restore the file")
-    return content
-
-
-def _lora_config(raw: Mapping[str, Any], config: ModelConfig, where: str) -> LoraConfig:
-    """The `LoraConfig` of a parsed adapter_config.json; refuses, by name and value, what ours cannot say."""
-    if raw.get("peft_type") != "LORA":
-        raise HuggingFaceError(f"{where}: peft_type={raw.get('peft_type')!r} is not supported, only 'LORA'; {_MERGE}")
-    if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        raise HuggingFaceError(f"{where}: task_type={raw['task_type']!r} is not supported, only 'CAUSAL_LM'")
-    if raw.get("bias", "none") != "none":
-        raise HuggingFaceError(f"{where}: bias={raw['bias']!r} is not supported, only 'none'; {_MERGE}")
-    if raw.get("init_lora_weights") not in _INITIALISATIONS:
-        raise HuggingFaceError(
-            f"{where}: init_lora_weights={raw['init_lora_weights']!r} changes the weights below the adapters; convert them "
-            "with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{path}: {_HEAD_COPY} differs from the model's head, which was trained or resized besides the adapters; name "
+            f"the model that they were saved with, or, where its own head is meant, {remedy}"
         )
-    for name in sorted(raw.keys() - _READ - _HARMLESS):
-        if raw[name] not in _NEUTRAL:
-            value = repr(raw[name])
-            value = value if len(value) <= 80 else value[:77] + "..."
-            raise HuggingFaceError(f"{where}: {name}={value} is not supported; {_MERGE}")
-    rank = raw.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise HuggingFaceError(f"{where}: r={rank!r} is no whole number; restore the file")
-    try:
-        return LoraConfig(
-            rank, _number(raw, "lora_alpha", where), _number(raw, "lora_dropout", where),
-            _targets(raw.get("target_modules"), config, where),
-        )  # fmt: skip
-    except HuggingFaceError:
-        raise
-    except ValueError as error:
-        raise HuggingFaceError(f"{where}: {error}") from error
-
-
-def _number(raw: Mapping[str, Any], name: str, where: str) -> float:
-    value = raw.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise HuggingFaceError(f"{where}: {name}={value!r} is no finite number; restore the file")
-    return float(value)
-
-
-def _targets(modules: Any, config: ModelConfig, where: str) -> tuple[str, ...]:
-    """The matrices that `target_modules` names. As in PEFT, an entry means every module whose dotted name ends in it."""
-    if isinstance(modules, str) and modules.lower() == "all-linear":
-        return LORA_TARGETS  # PEFT leaves the head out
-    if not isinstance(modules, list) or not modules or not all(isinstance(entry, str) for entry in modules):
-        what = "is a pattern" if isinstance(modules, str) else "is not a list of names"
-        raise HuggingFaceError(
-            f"{where}: target_modules={modules!r} {what}; list the matrices by name, e.g. ['q_proj', 'v_proj']"
-        )
-    kernels = families.leaves(config)
-    names = {
-        (target, layer): name.removesuffix(".weight")
-        for target in LORA_TARGETS
-        for layer, name in enumerate(kernels["layers", target, "kernel"].names)
-    }
-    matched = set()
-    for entry in modules:
-        found = {place for place, name in names.items() if f".{name}".endswith(f".{entry}")}
-        if not found:
-            known = sorted({name.rsplit(".", 1)[1] for name in names.values()})
-            raise HuggingFaceError(
-                f"{where}: target_modules names {entry!r}, which is no matrix of a layer of this model; known are "
-                f"{', '.join(known)}. {_MERGE[0].upper()}{_MERGE[1:]}"
-            )
-        matched |= found
-    for target, layer in sorted(names.keys() - matched):
-        if any(target == other for other, _ in matched):
-            raise HuggingFaceError(
-                f"{where}: target_modules leaves out {names[target, layer]}, though other layers have that matrix; "
-                f"adapters on some layers only are not supported: {_MERGE}"
-            )
-    return tuple(target for target in LORA_TARGETS if (target, 0) in matched)
 
 
 def _check_tensors(

@@ -49,6 +49,7 @@ def parameters(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
 
 # Jitted once per configuration: operation by operation, every test would compile some hundred tiny programs.
 apply = jax.jit(decoder.apply, static_argnums=0)
+logits = jax.jit(decoder.logits, static_argnums=0)
 
 
 def row_of(tokens, positions=None, segments=None) -> list[jax.Array]:
@@ -63,7 +64,7 @@ def whole_logits(config: ModelConfig, params, tokens, positions=None, segments=N
     """[batch, time, vocab] of one pass without a cache."""
     hidden, cache = apply(config, params, {}, *row_of(tokens, positions, segments), None, dropout_key)
     assert cache is None
-    return np.asarray(hidden) @ np.asarray(decoder.head_matrix(config, params))
+    return np.asarray(logits(config, params, hidden))
 
 
 def documents(config: ModelConfig, *lengths: int) -> list[np.ndarray]:

@@ -14,13 +14,13 @@ from flax.traverse_util import unflatten_dict
 from subl_jax import checkpoint
 from subl_jax.models import cache as kv
 from subl_jax.models import decoder, lora
-from subl_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
+from subl_jax.models.config import LAYER_TARGETS, LORA_TARGETS, LoraConfig, ModelConfig
 from subl_jax.rollout.engine import rollout
 from tests.models import numpy_llama
 from tests.models.test_decoder import TINY, apply, documents, flat, parameters, row_of, whole_logits
 from tests.rollout import policies
 
-ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=LORA_TARGETS)
+ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=LAYER_TARGETS)
 SOME = LoraConfig(rank=2, alpha=5.0, dropout=0.5, targets=("v", "down"))
 
 
@@ -94,7 +94,7 @@ def test_merging_into_bfloat16_rounds_once():
     merged = lora.merged(config, decoder.merge(adapters, params))
     exact = folded(config, params, adapters)
     rounded_twice = 0
-    for name in LORA_TARGETS:
+    for name in LAYER_TARGETS:
         ours, before = merged["layers"][name]["kernel"], params["layers"][name]["kernel"]
         sum_of_both = exact["layers"][name]["kernel"]
         assert ours.dtype == jnp.bfloat16
@@ -123,7 +123,7 @@ def test_a_tree_splits_into_adapters_and_weights_and_merges_back():
 
 
 def test_a_is_uniform_within_one_over_root_fan_in_and_b_is_zero():
-    config = on(ModelConfig(50, 64, 3, 4, 2, 24, 200), LoraConfig(rank=16, targets=LORA_TARGETS))
+    config = on(ModelConfig(50, 64, 3, 4, 2, 24, 200), LoraConfig(rank=16, targets=LAYER_TARGETS))
     layers = lora.init_adapters(config, jax.random.key(0))["layers"]
     fan_in = {**dict.fromkeys(("q", "k", "v", "gate", "up"), 64), "o": 96, "down": 200}
     fan_out = {"q": 96, "k": 48, "v": 48, "o": 64, "gate": 200, "up": 200, "down": 64}
@@ -204,7 +204,7 @@ def test_gradients_reach_the_adapters_alone_and_follow_from_those_of_the_merged_
     assert set(flat(ours)) == set(flat(adapters))
     merged = lora.merged(config, decoder.merge(adapters, params))
     whole = jax.jit(jax.grad(lambda trainable: loss(TINY, trainable, {})))(merged)
-    for name in LORA_TARGETS:
+    for name in LAYER_TARGETS:
         a, b = (np.asarray(adapters["layers"][name][leaf], np.float64) for leaf in ("lora_a", "lora_b"))
         # W' = W + s A B, hence dA = s dW' B^T and dB = s A^T dW'.
         change = 7.0 / 3 * np.asarray(whole["layers"][name]["kernel"], np.float64)

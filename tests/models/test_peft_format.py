@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from subl_jax import checkpoint
 from subl_jax.models import decoder, hf_export, hf_import, peft_format
-from subl_jax.models.config import LORA_TARGETS, LoraConfig, ModelConfig
+from subl_jax.models.config import LAYER_TARGETS, LORA_TARGETS, LoraConfig, ModelConfig
 from subl_jax.models.families import HuggingFaceError
 from tests.models.test_decoder import documents, flat, parameters, whole_logits
 from tests.models.test_lora import on, random_adapters, saved
@@ -31,7 +31,7 @@ CONFIG = on(MODEL, ADAPTER)
 # What PEFT calls the matrices, written out.
 PROJECTIONS = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj", "head": "lm_head",
 }  # fmt: skip
 
 
@@ -57,8 +57,11 @@ def peft_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("config", "targets"),
-    [(MODEL, LORA_TARGETS), (dataclasses.replace(MODEL, qkv_bias=True, tie_embeddings=True), ("q", "v", "down"))],
-    ids=["llama", "qwen2"],
+    [
+        (MODEL, LORA_TARGETS),
+        (dataclasses.replace(MODEL, qkv_bias=True, tie_embeddings=True), ("q", "v", "down", "head")),
+    ],
+    ids=["llama", "qwen2_tied"],
 )
 def test_peft_loads_what_we_write_and_computes_our_logits(peft, tmp_path, config, targets):
     from transformers import AutoModelForCausalLM
@@ -76,7 +79,7 @@ def test_peft_loads_what_we_write_and_computes_our_logits(peft, tmp_path, config
     np.testing.assert_allclose(peft_logits(theirs, tokens), ours, rtol=1e-4, atol=1e-4)
     found = theirs.peft_config["default"]
     assert (found.r, found.lora_alpha, found.lora_dropout, found.inference_mode) == (4, 10.0, 0.1, True)
-    assert found.target_modules == {PROJECTIONS[name].split(".")[1] for name in targets}
+    assert found.target_modules == {PROJECTIONS[name].split(".")[-1] for name in targets}
     assert not any(parameter.requires_grad for parameter in theirs.parameters())
     alone = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")  # finds its base by the name in it
     np.testing.assert_array_equal(peft_logits(alone, tokens), peft_logits(theirs, tokens))
@@ -84,7 +87,12 @@ def test_peft_loads_what_we_write_and_computes_our_logits(peft, tmp_path, config
 
 @pytest.mark.parametrize(
     ("family", "modules", "targets"),
-    [("Llama", "all-linear", LORA_TARGETS), ("Qwen2", ["v_proj", "self_attn.q_proj"], ("q", "v"))],
+    [
+        ("Llama", "all-linear", LAYER_TARGETS),
+        ("Llama", ["o_proj", "lm_head"], ("o", "head")),
+        ("Qwen2", ["v_proj", "self_attn.q_proj"], ("q", "v")),
+        ("Qwen2", ["lm_head", "up_proj"], ("up", "head")),
+    ],
 )
 def test_we_load_what_peft_writes_and_compute_its_logits(peft, tmp_path, family, modules, targets):
     import torch
@@ -106,7 +114,7 @@ def test_we_load_what_peft_writes_and_compute_its_logits(peft, tmp_path, family,
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     theirs.save_pretrained(tmp_path / "adapters")
-    adapter, adapters = peft_format.read_peft(tmp_path / "adapters", config)
+    adapter, adapters = peft_format.read_peft(tmp_path / "adapters", config, params)
     assert adapter == LoraConfig(8, 12.0, 0.25, targets)
     [tokens] = documents(config, 11)
     ours = whole_logits(on(config, adapter), decoder.merge(adapters, params), tokens)
@@ -245,7 +253,8 @@ def folder(tmp_path: Path, **options: Any) -> Path:
         (dict(target_modules=r".*\.(q|v)_proj"), "target_modules='.*' is a pattern; list the matrices by name"),
         (dict(target_modules=None), "target_modules=None is not a list of names"),
         (dict(target_modules=[]), r"target_modules=\[\] is not a list"),
-        (dict(target_modules=["q_proj", "lm_head"]), "names 'lm_head', which is no matrix of a layer.*down_proj, gate_proj"),
+        (dict(target_modules=["q_proj", "norm"]), "names 'norm', which is no matrix that adapters.*gate_proj, k_proj, lm_head"),
+        (dict(target_modules=["embed_tokens"]), "names 'embed_tokens'"),
         (dict(target_modules=["c_attn"]), "names 'c_attn'"),
         (dict(target_modules=["roj"]), "names 'roj'"),
         (dict(target_modules=["model.layers.0.self_attn.q_proj"]), "leaves out model.layers.1.self_attn.q_proj"),
@@ -262,6 +271,45 @@ def folder(tmp_path: Path, **options: Any) -> Path:
 def test_an_option_that_we_do_not_compute_is_refused_by_name(tmp_path, options, message):
     with pytest.raises(HuggingFaceError, match=message):
         peft_format.read_peft(folder(tmp_path, **options), MODEL)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_copy_of_the_head_beside_its_adapter_must_be_the_models_own(tmp_path, tied):
+    """PEFT saves one, and would put it in the head's place."""
+    model = dataclasses.replace(MODEL, tie_embeddings=tied)
+    config, params = on(model, dataclasses.replace(ADAPTER, targets=("q", "head"))), parameters(model)
+    adapters = random_adapters(config)
+    peft_format.write_peft(tmp_path / "a", config, adapters)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    held, copy = load_file(path), np.asarray(params["embedding"] if tied else params["head"].T)
+    assert held["base_model.model.lm_head.lora_A.weight"].shape == (4, 12)
+    np.testing.assert_array_equal(
+        held["base_model.model.lm_head.lora_B.weight"], np.asarray(adapters["head_adapter"]["lora_b"]).T
+    )
+    save_file({**held, "base_model.model.lm_head.base_layer.weight": np.ascontiguousarray(copy)}, path)
+    adapter, back = peft_format.read_peft(tmp_path / "a", model, params)
+    assert adapter == config.lora
+    for place, leaf in flat(adapters).items():
+        np.testing.assert_array_equal(flat(back)[place], leaf)
+    with pytest.raises(HuggingFaceError, match="base_layer.weight replaces the model's head; give its parameters too"):
+        peft_format.read_peft(tmp_path / "a", model)
+    for other in (np.where(np.arange(12) == 3, copy + 1e-3, copy), np.vstack([copy, copy])):
+        save_file({**held, "base_model.model.lm_head.base_layer.weight": other.astype(np.float32)}, path)
+        with pytest.raises(HuggingFaceError, match="base_layer.weight differs from the model's head"):
+            peft_format.read_peft(tmp_path / "a", model, params)
+
+
+def test_an_adapter_that_peft_ties_to_the_embedding_is_refused(tmp_path):
+    tied = dataclasses.replace(MODEL, tie_embeddings=True)
+    config = on(tied, dataclasses.replace(ADAPTER, targets=("q", "head")))
+    peft_format.write_peft(tmp_path / "a", config, random_adapters(config))
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ensure_weight_tying": True}))
+    with pytest.raises(
+        HuggingFaceError, match="ensure_weight_tying=True with lm_head puts an adapter on the embedding"
+    ):
+        peft_format.read_peft(tmp_path / "a", tied)
+    assert peft_format.read_peft(tmp_path / "a", MODEL)[0] == config.lora  # nothing to tie there
 
 
 def test_options_that_say_nothing_are_accepted(tmp_path):
