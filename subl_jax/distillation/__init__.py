@@ -1,0 +1,1 @@
+"""Distillation of any supported teacher into any supported student, on the user's own conversations or prompts."""
