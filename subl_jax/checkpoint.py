@@ -12,7 +12,8 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -308,13 +309,23 @@ class _Pending:
 
 
 class TrainCheckpointer:
-    """Saves the state of a training run every so many steps in the background, and finds the newest usable one.
+    """Saves the state of a training run by steps and by time, in the background, and finds the newest usable one.
 
     Checkpoints stand in `directory/STEP` (eight digits). A save writes beside that place and is renamed when complete,
     so a killed process leaves the previous checkpoints as they were. Use it as a context manager, or `close()` it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], every_steps: int, keep: int, metadata: Mapping[str, Any]):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every_steps: int,
+        keep: int,
+        metadata: Mapping[str, Any],
+        *,
+        keep_every: int = 0,
+        every_minutes: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """Creates the directory and clears what a killed process left half-written.
 
         Args:
@@ -322,6 +333,9 @@ class TrainCheckpointer:
           every_steps: `save` skips the steps between.
           keep: how many of the newest checkpoints stay; at least 2 leave something to fall back to.
           metadata: JSON-able; a checkpoint with other metadata is refused by `restore_latest`.
+          keep_every: steps divisible by this are saved as well, and stay for good; 0: none.
+          every_minutes: since the last save, after which another is due; 0: by steps alone.
+          clock: seconds, from any beginning.
 
         Raises:
           CheckpointError: the directory cannot be written.
@@ -329,6 +343,10 @@ class TrainCheckpointer:
         quiet("orbax", "etils")
         if every_steps < 1 or keep < 1:
             raise ValueError(f"every_steps={every_steps} and keep={keep} must be at least 1")
+        if keep_every < 0 or not every_minutes >= 0:
+            raise ValueError(f"keep_every={keep_every} and every_minutes={every_minutes} must not be negative")
+        self._keep_every, self._every_seconds, self._clock = keep_every, 60 * every_minutes, clock
+        self._saved_at = clock()
         self.directory = Path(directory).absolute()
         self._every_steps = every_steps
         self._keep = keep
@@ -351,6 +369,22 @@ class TrainCheckpointer:
     def _path(self, step: int) -> Path:
         return self.directory / f"{step:08d}"
 
+    def due(self, step: int, *, timed: bool = True) -> bool:
+        """Whether `save` would save the state of this step.
+
+        Args:
+          step: updates made so far.
+          timed: whether to look at the clock too. Of several processes the first one's counts, and all have to ask.
+        """
+        if step % self._every_steps == 0 or self._stays(step):
+            return True
+        if not (timed and self._every_seconds):
+            return False
+        return _told_by_first(self._clock() - self._saved_at >= self._every_seconds)
+
+    def _stays(self, step: int) -> bool:
+        return bool(self._keep_every) and step % self._keep_every == 0
+
     def save(self, step: int, state: Any, *, force: bool = False) -> bool:
         """Begins to save `state` and returns once it is copied off the devices; its buffers may then be donated.
 
@@ -359,7 +393,7 @@ class TrainCheckpointer:
         Args:
           step: updates made so far.
           state: pytree of arrays (typed PRNG keys included), ints and floats.
-          force: save whatever `every_steps` says, e.g. the last step.
+          force: save whether it is `due` or not, e.g. the last step.
 
         Returns:
           Whether a checkpoint is being saved.
@@ -367,9 +401,10 @@ class TrainCheckpointer:
         Raises:
           CheckpointError: this save, or the one before, cannot be written.
         """
-        if step % self._every_steps and not force:
+        if not force and not self.due(step):
             return False
         self.wait()
+        self._saved_at = self._clock()
         layout = layout_of(state)
         final = self._path(step)
         partial = artifacts.partial_path(final)
@@ -392,6 +427,8 @@ class TrainCheckpointer:
             _seal(partial, layout, self._metadata)
             artifacts.publish(partial, final)
             for step in self.steps()[: -self._keep]:
+                if self._stays(step):
+                    continue
                 # Renamed first: a process killed while deleting leaves no checkpoint with half its files.
                 stale = self.directory / f".{step:08d}.stale"
                 os.rename(self._path(step), stale)
@@ -503,3 +540,37 @@ def _told_by_first(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def load_step(
+    directory: str | os.PathLike[str], step: int, template: Any, *, expect: Mapping[str, Any] | None = None
+) -> Any:
+    """The state that a `TrainCheckpointer` has kept of one step, for whoever measures a run along its way.
+
+    Args:
+      directory: of the checkpointer.
+      step: updates made by then.
+      template: a state of the same structure; see `TrainCheckpointer.restore_latest`.
+      expect: metadata keys and the values they must have; the others are not compared.
+
+    Raises:
+      CheckpointMismatch: the checkpoint is intact but of another run or model; what differs is named.
+      CheckpointError: there is none of this step, or it is damaged.
+    """
+    quiet("orbax", "etils")
+    path = Path(directory).absolute() / f"{step:08d}"
+    body = _model_body(path)
+    if expect is not None:
+        stored = {key: body["metadata"][key] for key in expect if key in body["metadata"]}
+        _refuse_differences(path, stored, artifacts.plain(expect), "run")
+    _refuse_differences(path, body["layout"], layout_of(template), "model")
+    problem = artifacts.manifest_problem(path, body["files"])
+    if problem:
+        raise CheckpointError(f"{problem}; delete the stage's directory and run it again")
+    try:
+        restored = ocp.load(str(path), jax.tree.map(_abstract, template))
+    except _IO_ERRORS as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {path}: {_cause(error)}; delete the stage's directory and run it again"
+        ) from error
+    return jax.tree.map(_as_template, template, restored)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from absl import flags
 
-from subl_jax.distill.loop import TrainConfig
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.models.config import LoraConfig, ModelConfig
@@ -321,7 +321,7 @@ def _attribute_texts(docstring: str) -> dict[str, str]:
     return entries
 
 
-def define_flags(default: ExperimentConfig) -> None:
+def define_flags(default: Any) -> None:
     """Defines one absl flag per configuration field. A flag that is not given leaves the preset's value."""
     texts = describe(default)
     for name, value, kind in leaves(default):
@@ -372,7 +372,7 @@ def override(config: Any, changes: dict[str, Any], prefix: str = "config") -> An
         raise ValueError(f"{prefix}: {error}") from error
 
 
-def from_flags(default: ExperimentConfig, values: flags.FlagValues = flags.FLAGS) -> ExperimentConfig:
+def from_flags(default: Any, values: flags.FlagValues = flags.FLAGS) -> Any:
     """The preset with every `--config.…` flag that was given."""
     given: dict[str, Any] = {name: values[name].value for name, _, _ in leaves(default) if values[name].present}
     for name, _, kind in leaves(default):

@@ -21,7 +21,7 @@ from absl import logging
 from subl_jax import artifacts, checkpoint, data, sanitize, sources
 from subl_jax.chat import tokenizer as tokenizers
 from subl_jax.conditions import TEACHERS, Condition, SeedModels, students
-from subl_jax.config import OBJECTIVES, ExperimentConfig
+from subl_jax.config import OBJECTIVES, BaseConfig, ExperimentConfig, TeacherConfig
 from subl_jax.corpus import demonstrations, echoes, tokenizer_texts
 from subl_jax.data.matching import match_arms
 from subl_jax.distill.logit_filter import LogitFilter
@@ -281,7 +281,7 @@ class SeedPipeline:
         acting = {"rollout": config.rollout, "engine": config.engine.identity()}
         found = []
         for size in self.models.sizes:
-            key: dict[str, Any] = {**common, "model": config.model(size), "base": config.base}
+            key: dict[str, Any] = {**common, "model": config.model(size), "base": _identity(config.base)}
             if size in self.models.checkpoints:
                 key |= {"checkpoint": sources.identity(self.models.checkpoints[size])}
                 if not config.base.continue_training:
@@ -299,7 +299,7 @@ class SeedPipeline:
         for name in TEACHERS:
             # Which folder a checkpoint stands in does not matter; which one it is, the base's key says.
             teacher = dataclasses.replace(config.teacher, checkpoint="")
-            key = {**common, "teacher": teacher, "bias": TEACHERS[name]}
+            key = {**common, "teacher": _identity(teacher), "bias": TEACHERS[name]}
             directory = self.models.teacher_dir(name)
             teachers[name] = f"{prefix}/teachers/{directory.name}"
             found.append(
@@ -348,7 +348,7 @@ class SeedPipeline:
         made |= {name: (teachers[name], self.models.teacher_dir(name), self.models.teacher_size) for name in TEACHERS}
         for condition in students(config):
             key = {
-                **common, "arm": condition.arm, "objective": OBJECTIVES[condition.arm], "train": spec.train,
+                **common, "arm": condition.arm, "objective": OBJECTIVES[condition.arm], "train": spec.train.identity(),
                 "temperature": spec.temperature, "pair": config.pair, "lora": spec.adapters,
                 "adapter_init": spec.adapter_init if spec.lora else None,
             }  # fmt: skip
@@ -384,6 +384,12 @@ class SeedPipeline:
                 )  # fmt: skip
             )
         return found
+
+
+def _identity(spec: BaseConfig | TeacherConfig) -> dict[str, Any]:
+    """What a trained model depends on of its stage's configuration: not when it is saved and logged."""
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {**fields, "train": spec.train.identity()}
 
 
 def _with_adapters(model: Model, adapter: LoraConfig | None) -> Model:

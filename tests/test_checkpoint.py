@@ -210,6 +210,36 @@ def test_keeps_the_newest_and_forces_the_last(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000030", "00000035"]
 
 
+def test_steps_that_are_to_stay_are_saved_and_stay_beside_the_newest(tmp_path):
+    with checkpoint.TrainCheckpointer(tmp_path, 3, 2, {}, keep_every=4) as saver:
+        saved = [count for count in range(1, 15) if saver.save(count, {"n": count})]
+        saver.wait()
+        assert saved == [3, 4, 6, 8, 9, 12]
+        assert saver.steps() == [4, 8, 9, 12]
+
+
+def test_a_save_is_due_so_many_minutes_after_the_one_before(tmp_path):
+    now = [1000.0]
+    with checkpoint.TrainCheckpointer(tmp_path, 10, 9, {}, every_minutes=2, clock=lambda: now[0]) as saver:
+        for count, elapsed in enumerate([60, 59, 1, 119, 1, 0, 0, 0, 5, 30, 90, 25], start=1):
+            now[0] += elapsed
+            saver.save(count, {"n": count})
+        saver.wait()
+        # 120 s after the beginning, 120 s later; 10 by steps, from which the time counts anew; then 115 s are too few.
+        assert saver.steps() == [3, 5, 10]
+        now[0] += 5
+        assert not saver.due(13, timed=False) and saver.due(13)
+    with checkpoint.TrainCheckpointer(tmp_path, 10, 9, {}, clock=lambda: now[0]) as saver:
+        now[0] += 10**9
+        assert not saver.due(13)  # without minutes, by steps alone
+
+
+@pytest.mark.parametrize("given", [{"keep_every": -1}, {"every_minutes": -1.0}, {"every_minutes": float("nan")}])
+def test_a_policy_without_meaning_is_refused(tmp_path, given):
+    with pytest.raises(ValueError, match="must not be negative"):
+        checkpoint.TrainCheckpointer(tmp_path, 1, 2, {}, **given)
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     with checkpoint.TrainCheckpointer(tmp_path, 1, 2, {}) as saver:
         for value in (1, 2):

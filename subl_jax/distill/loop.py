@@ -4,65 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from subl_jax import checkpoint
-from subl_jax.distill.batches import BatchSource
+from subl_jax.distill import run_identity
+from subl_jax.distill.accounting import Ledger, Meter, Work, shape_of
+from subl_jax.distill.batches import BatchFacts, BatchSource, Source
 from subl_jax.distill.logit_filter import LogitFilter
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.on_policy import OnPolicy, OnPolicySource
+from subl_jax.distill.optimizers import make_optimizer
+from subl_jax.distill.preemption import Preempted, StopRequests
+from subl_jax.distill.prefetch import prefetched
+from subl_jax.distill.records import Records, finite_loss
 from subl_jax.distill.step import (
     ONE_DEVICE,
+    Batch,
     Frozen,
     Layouts,
-    Objective,
-    OptimizerConfig,
     TrainState,
     check_vocabularies,
     compiled_step,
     has_dropout,
-    make_optimizer,
+    place_batch,
     state_shardings,
 )
+from subl_jax.distill.teacher_cache import CacheReader
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.metrics.progress import progress
+from subl_jax.metrics.trace import Trace
 from subl_jax.metrics.writers import MetricsWriter
-from subl_jax.models import axes, lora
-from subl_jax.models.config import Dtype, ModelConfig
+from subl_jax.models import axes, decoder, lora
+from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.layout import DEFAULT_MESH, Layout, MeshConfig, make_mesh
 from subl_jax.trajectory import Trajectory
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Length and shape of one training run.
-
-    Attributes:
-      steps: optimizer steps.
-      batch_rows: packed rows per step, over all devices; row_tokens: tokens per row.
-      optimizer: see `OptimizerConfig`.
-      checkpoint_every: steps between the checkpoints from which a killed run resumes.
-      log_every: steps between metric records.
-      master_dtype: in which trained parameters and the optimizer's state are kept, whatever the model computes in.
-    """
-
-    steps: int = 400
-    batch_rows: int = 16
-    row_tokens: int = 256
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint_every: int = 200
-    log_every: int = 10
-    master_dtype: Dtype = "float32"
-
-    def __post_init__(self) -> None:
-        """Refuses runs that could not start."""
-        for name in ("steps", "batch_rows", "row_tokens", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,34 +56,78 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a training run leaves: what was trained (all parameters, or the adapters), the last loss, what it cost."""
+    """What a training run leaves, and what it cost in this process; a resumed one did only the rest.
+
+    Attributes:
+      params: what was trained: all parameters, or the adapters.
+      loss: of the last step; loss_tokens: of all steps.
+      tokens_per_s, loss_tokens_per_s, seconds: over the whole wall time, compilation included.
+      mfu, goodput, packing, compile_s, flops, peak_bytes: see `accounting.Costs`.
+    """
 
     params: Any
     loss: float
     loss_tokens: int
     tokens_per_s: float
     seconds: float
+    loss_tokens_per_s: float = 0.0
+    mfu: float | None = None
+    goodput: float = 0.0
+    packing: float = 0.0
+    compile_s: float = 0.0
+    flops: int = 0
+    peak_bytes: int | None = None
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
+class _Ready(NamedTuple):
+    """A batch on the devices, and what it holds."""
+
+    position: int
+    batch: Batch
+    facts: BatchFacts
 
 
-def _finite_loss(stage: str, step: int, metrics: Mapping[str, jax.Array]) -> float:
-    """One step's loss; raises `TrainingDiverged` if it is not finite."""
-    loss = float(metrics["loss"])
-    if not np.isfinite(loss):
-        raise TrainingDiverged(
-            f"{stage}: the loss is {loss} at step {step}; lower the learning rate. The checkpoints are kept"
+def _check_arguments(
+    objective: Objective,
+    student: Model,
+    trajectories: Sequence[Trajectory],
+    teacher: Model | None,
+    cache: CacheReader | None,
+    base: Model | None,
+    logit_filter: LogitFilter | None,
+    on_policy: OnPolicy | None,
+) -> None:
+    """Refuses an objective whose teacher, base or filter is missing, and a cache of something else."""
+    if teacher is not None and cache is not None:
+        raise ValueError("a teacher and a teacher cache are both given; leave one out")
+    if objective.needs_teacher != (teacher is not None or cache is not None):
+        missing = "missing" if objective.needs_teacher else "given"
+        raise ValueError(f"objective {objective.loss} and a teacher {missing}")
+    if (objective.logit_filter == "anchor") != (base is not None):
+        raise ValueError(f"logit_filter={objective.logit_filter} and a base {'missing' if base is None else 'given'}")
+    if (objective.logit_filter != "none") != (logit_filter is not None):
+        raise ValueError(f"logit_filter={objective.logit_filter} does not fit the filter that was given")
+    if on_policy is not None and (teacher is None or logit_filter is not None):
+        raise ValueError("training on the student's own rollouts needs a live teacher, and knows no logit filter")
+    if teacher is not None:
+        check_vocabularies(student.config, teacher.config)
+    if cache is None:
+        return
+    if objective.logit_filter != "none":
+        raise ValueError(f"logit_filter={objective.logit_filter} needs a live teacher, not a cache of its top k")
+    own = {
+        "temperature": (cache.temperature, objective.temperature),
+        "shared_tokens": (cache.vocab, student.config.known_tokens),
+        "documents": (len(cache), len(trajectories)),
+        "loss_tokens": (int(cache.counts().sum()), sum(int(t.loss_mask.sum()) for t in trajectories)),
+    }
+    differing = [
+        f"{name}: {theirs} in the cache, {ours} in this run" for name, (theirs, ours) in own.items() if theirs != ours
+    ]
+    if differing:
+        raise ValueError(
+            f"the teacher cache is of something else ({'; '.join(differing)}); write it again for this run"
         )
-    return loss
-
-
-def _record(writer: MetricsWriter, stage: str, step: int, metrics: Mapping[str, jax.Array]) -> float:
-    """Writes one step's metrics and returns its loss; raises `TrainingDiverged` if it is not finite."""
-    loss = _finite_loss(stage, step, metrics)
-    writer.write(stage, step, {name: float(value) for name, value in metrics.items()})
-    return loss
 
 
 def train(
@@ -122,11 +147,17 @@ def train(
     logit_filter: LogitFilter | None = None,
     parallel: MeshConfig = DEFAULT_MESH,
     adapter_draw: int = 0,
+    teacher_cache: CacheReader | None = None,
+    shared_tokens: int = 0,
+    on_policy: OnPolicy | None = None,
+    profile: Path | None = None,
 ) -> TrainResult:
     """Trains `student` on `trajectories`; resumes from `directory/steps` if a killed run left something there.
 
     Resume is bitwise on the same device layout: the order of the data is a function of (seed, step), dropout's key of
-    the same, and everything else is in the checkpoint.
+    the same, and everything else is in the checkpoint. On another mesh it goes on to rounding.
+
+    SIGTERM ends the run behind the step that is being dispatched, with a checkpoint and exit code 143 (`Preempted`).
 
     Args:
       student: shape and starting parameters (not modified). With `config.lora` the parameters stay as they are, and new
@@ -137,100 +168,217 @@ def train(
       directory: where step checkpoints go.
       stage: name under which metrics are written.
       logs: directory of `metrics.jsonl` and of TensorBoard's events.
-      metadata: what identifies this run; a checkpoint with other metadata is refused.
-      teacher: for `forward_kl`. base: for the `anchor` filter.
+      metadata: what identifies this run; a checkpoint with other metadata is refused, and so is one of other data,
+        models, objective or options (`run_identity`).
+      teacher: for divergences. base: for the `anchor` filter.
       planned_lengths: see `BatchSource`; the documents' own lengths by default.
       logit_filter: required exactly when the objective filters logits.
       parallel: the mesh, and the rules by which student and teacher lie on it.
       adapter_draw: which random draw of `seed` new adapters start from; runs with the same seed and draw share it.
+      teacher_cache: of exactly these trajectories, in place of the teacher.
+      shared_tokens: ids from here on have no probability in either model; 0: both know the same number of tokens.
+      on_policy: the share of the steps that train on the student's own rollouts, and how it is rolled out.
+      profile: directory that a trace of a few steps is written to, for TensorBoard or Perfetto.
 
     Raises:
       LayoutError: a dimension that does not split over the mesh.
-      ValueError: an objective whose teacher, base or filter is missing.
+      ValueError: an objective whose teacher, base or filter is missing; a cache of something else.
+      CheckpointMismatch: `directory` holds checkpoints of another run; what differs is named.
       TrainingDiverged: the loss became NaN or infinite; step checkpoints stay as they are.
+      Preempted: SIGTERM came.
     """
-    if (objective.loss == "forward_kl") != (teacher is not None):
-        raise ValueError(f"objective {objective.loss} and a teacher {'missing' if teacher is None else 'given'}")
-    if (objective.logit_filter == "anchor") != (base is not None):
-        raise ValueError(f"logit_filter={objective.logit_filter} and a base {'missing' if base is None else 'given'}")
-    if (objective.logit_filter != "none") != (logit_filter is not None):
-        raise ValueError(f"logit_filter={objective.logit_filter} does not fit the filter that was given")
-    if teacher is not None:
-        check_vocabularies(student.config, teacher.config)
-    began = time.perf_counter()
-    mesh = make_mesh(parallel)
-    layouts = Layouts(Layout(mesh, parallel.student_rules), Layout(mesh, parallel.teacher_rules))
-    layout: Any = layouts.student
-    lengths = planned_lengths or [len(trajectory.tokens) for trajectory in trajectories]
-    source = BatchSource(trajectories, lengths, config.row_tokens, config.batch_rows, config.steps, seed, logit_filter)
-    frozen = Frozen(
-        teacher and axes.place(teacher.params, teacher.config, layouts.teacher),  # type: ignore[arg-type]
-        base and axes.place(base.params, base.config, layout),
-        student.config.lora and axes.place(student.params, student.config, layout),
-    )
-    params = student.params
-    if student.config.lora is not None:
-        key = jax.random.key(seed)
-        params = lora.init_adapters(student.config, jax.random.fold_in(key, adapter_draw) if adapter_draw else key)
-    # A copy: the step donates its state.
-    params = axes.place(jax.tree.map(lambda leaf: jnp.array(leaf, config.master_dtype), params), student.config, layout)
-    transformation = make_optimizer(config.optimizer, config.steps)
-    state = TrainState(params, transformation.init(params), jnp.zeros((), jnp.int32))
-    state = jax.device_put(state, state_shardings(transformation, state, layout))
-    step_fn = compiled_step(
-        objective,
-        student.config,
-        teacher and teacher.config,
-        config.optimizer,
-        config.steps,
-        seed if has_dropout(student.config) else 0,
-        layouts if mesh.size > 1 else ONE_DEVICE,
-    )
+    ledger = Ledger()
+    with ledger.spent_on("setup"):
+        if shared_tokens:
+            student, teacher = _sharing(student, shared_tokens), teacher and _sharing(teacher, shared_tokens)
+        _check_arguments(objective, student, trajectories, teacher, teacher_cache, base, logit_filter, on_policy)
+        mesh = make_mesh(parallel)
+        layouts = Layouts(Layout(mesh, parallel.student_rules), Layout(mesh, parallel.teacher_rules))
+        layout: Any = layouts.student
+        frozen = Frozen(
+            teacher and axes.place(teacher.params, teacher.config, layouts.teacher),  # type: ignore[arg-type]
+            base and axes.place(base.params, base.config, layout),
+            student.config.lora and axes.place(student.params, student.config, layout),
+        )
+        params = student.params
+        if student.config.lora is not None:
+            key = jax.random.key(seed)
+            params = lora.init_adapters(student.config, jax.random.fold_in(key, adapter_draw) if adapter_draw else key)
+        # A copy: the step donates its state.
+        params = axes.place(
+            jax.tree.map(lambda leaf: jnp.array(leaf, config.master_dtype), params), student.config, layout
+        )
+        transformation = make_optimizer(config.optimizer, config.steps)
+        state = TrainState(params, transformation.init(params), jnp.zeros((), jnp.int32))
+        state = jax.device_put(state, state_shardings(transformation, state, layout))
+        places = layouts if mesh.size > 1 else ONE_DEVICE
+        layout.check(
+            "batch", config.batch_rows // config.accumulate,
+            f"rows of {'a batch' if config.accumulate == 1 else 'each part of a batch'}",
+            "set --config.<stage>.train.batch_rows",
+        )  # fmt: skip
+        lengths = planned_lengths or [len(trajectory.tokens) for trajectory in trajectories]
+        shape = config.row_tokens, config.batch_rows, config.steps, seed
+        parts = {"micro": config.accumulate, "groups": places.groups}
+        source: Source = BatchSource(trajectories, lengths, *shape, logit_filter, cached=teacher_cache, **parts)
+        if on_policy is not None:
+            source = OnPolicySource(source, on_policy, student.config, *shape, **parts)
+        identity = run_identity.bound(
+            metadata,
+            {
+                "train": config.identity(),
+                "objective": objective,
+                "seed": seed,
+                "adapter_draw": adapter_draw,
+                "data": run_identity.data_identity(trajectories, lengths),
+                "student": run_identity.model_identity(student.config, frozen.student),
+                "teacher": teacher and run_identity.model_identity(teacher.config, frozen.teacher),
+                "base": base and run_identity.model_identity(base.config, frozen.base),
+                "banned_words": logit_filter and logit_filter.words,
+                "teacher_cache": teacher_cache and _identity_of(teacher_cache),
+                "on_policy": on_policy and on_policy.config,
+            },
+        )
+        step_fn = compiled_step(
+            objective,
+            student.config,
+            teacher and teacher.config,
+            config.optimizer,
+            config.steps,
+            seed if has_dropout(student.config) else 0,
+            places,
+            config.chunk_tokens,
+        )
+        work = Work(
+            shape_of(student.config, student.params, params if student.config.lora else None),
+            teacher and shape_of(teacher.config, teacher.params),
+            base and shape_of(base.config, base.params),
+        )
     # CPU devices share a thread pool: a step that is dispatched before the last one ended can starve its collectives.
     lockstep = mesh.size > 1 and layout.platform == "cpu"
-    loss, loss_tokens, trained = float("nan"), 0, 0
+
+    def student_now() -> Any:
+        """The student as it is: what is rolled out, and what is left at the end."""
+        if student.config.lora is not None:
+            return decoder.merge(state.params, frozen.student)
+        return _in_dtype(state.params, student.config.param_dtype)
+
     with contextlib.ExitStack() as stack:
-        checkpointer = stack.enter_context(
-            checkpoint.TrainCheckpointer(
-                directory / "steps", every_steps=config.checkpoint_every, keep=2, metadata=dict(metadata)
+        with ledger.spent_on("setup"):
+            stop = stack.enter_context(StopRequests())
+            checkpointer = stack.enter_context(
+                checkpoint.TrainCheckpointer(
+                    directory / "steps", config.checkpoint_every, config.keep, identity,
+                    keep_every=config.keep_every, every_minutes=config.checkpoint_minutes,
+                )
+            )  # fmt: skip
+            restored = checkpointer.restore_latest(state)
+            state, start = restored if restored is not None else (state, 0)
+            writer = stack.enter_context(
+                MetricsWriter(logs / "metrics.jsonl", logs / "tensorboard", stage=stage, resume_step=start + 1)
             )
-        )
-        restored = checkpointer.restore_latest(state)
-        state, start = restored if restored is not None else (state, 0)
-        writer = stack.enter_context(
-            MetricsWriter(logs / "metrics.jsonl", logs / "tensorboard", stage=stage, resume_step=start + 1)
-        )
-        shown = stack.enter_context(progress(config.steps, stage, unit="step"))
-        shown.advance(start)
-        unread: tuple[int, dict[str, jax.Array]] | None = None
-        for position in range(start, config.steps):
-            batch = source.batch(position)
-            state, metrics = step_fn(state, frozen, layout.shard_batch(batch))
+            shown = stack.enter_context(progress(config.steps, stage, unit="step"))
+            shown.advance(start)
+            meter = stack.enter_context(Meter(work, ledger, mesh.devices.flat))
+            records = Records(writer, meter, stage)
+            trace = stack.enter_context(Trace(profile, start, config.steps))
+            ready = stack.enter_context(
+                contextlib.closing(_batches(source, places, start, config, student_now, ahead=not lockstep))
+            )
+        compiled: set[Any] = set()
+        for position, batch, facts in ledger.waiting_for("input", ready):
+            trace.begin(position, state)
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            with ledger.spent_on("compile") if shapes not in compiled else contextlib.nullcontext():
+                state, metrics = step_fn(state, frozen, batch)
+            if not compiled:
+                meter.start()
+            compiled.add(shapes)
             if lockstep:
                 jax.block_until_ready(state)
-            trained += int(np.count_nonzero(batch.segments))
-            loss_tokens += int(batch.loss_weights.sum())
+            meter.count(facts)
             done = position + 1
-            logged = done % config.log_every == 0
+            trace.end(done, state)
+            logged, last, stopping = done % config.log_every == 0, done == config.steps, stop.asked(done)
             # The last state is the caller's to save; a run killed before that repeats the steps since the checkpoint.
-            saved = done % config.checkpoint_every == 0 and done < config.steps
+            saved = not last and (stopping or checkpointer.due(done, timed=logged))
             # Metrics are read one record behind: what is already computed does not stall the device. A checkpoint
             # waits for the device anyhow, and what a resumed run will not repeat must have been written before it.
-            if unread is not None and (logged or saved or done == config.steps):
-                loss = _record(writer, stage, *unread)
-                unread = None
-            if done == config.steps or (logged and saved):
-                loss = _record(writer, stage, done, metrics)
-            elif logged:
-                unread = (done, metrics)
+            if logged or last or saved:
+                records.read()
+            if logged or last:
+                records.add(done, metrics)
+            if last or (logged and saved):
+                records.read()
             if saved:
-                _finite_loss(stage, done, metrics)  # a diverged state must not push out the last good one
-                checkpointer.save(done, state)
-            shown.advance(loss=loss)
+                finite_loss(stage, done, float(metrics["loss"]))  # a diverged state must not push out the last good one
+                with ledger.spent_on("checkpoint"):
+                    checkpointer.save(done, state, force=True)
+            shown.advance(1, **records.shown)
+            if stopping:
+                checkpointer.wait()
+                shown.close(failed=True)
+                kept = max(checkpointer.steps(), default=0)
+                print(
+                    f"{stage}: stopped by SIGTERM at step {done} of {config.steps}; the same command continues from step "
+                    f"{kept}, which is kept in {checkpointer.directory}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                raise Preempted(stage, kept)
         jax.block_until_ready(state)
-    # Throughput counts what this process trained, compilation included; a resumed run trained only the rest.
-    seconds = time.perf_counter() - began
-    trained_params = state.params
-    if student.config.lora is None:  # adapters are small: they stay in the master dtype
-        trained_params = jax.tree.map(lambda leaf: leaf.astype(student.config.param_dtype), trained_params)
-    return TrainResult(trained_params, loss, loss_tokens, trained / seconds if seconds else 0.0, seconds)
+        with ledger.spent_on("checkpoint"):
+            checkpointer.wait()
+        costs = meter.costs()
+    trained = state.params if student.config.lora is not None else student_now()  # adapters stay in the master dtype
+    return TrainResult(trained, records.loss, meter.loss_tokens, **dataclasses.asdict(costs))
+
+
+def _sharing(model: Model, shared_tokens: int) -> Model:
+    """The model with all ids from `shared_tokens` on taken for padding.
+
+    Raises:
+      ValueError: it knows fewer.
+    """
+    if model.config.known_tokens < shared_tokens:
+        raise ValueError(f"shared_tokens={shared_tokens} and a model that knows {model.config.known_tokens} tokens")
+    return Model(dataclasses.replace(model.config, num_tokens=shared_tokens), model.params)
+
+
+def _identity_of(cache: CacheReader) -> dict[str, Any]:
+    return {"k": cache.k, "shared_tokens": cache.vocab, "temperature": cache.temperature, "figures": cache.figures}
+
+
+def _in_dtype(params: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _batches(
+    source: Source, places: Layouts, start: int, config: TrainConfig, student: Callable[[], Any], *, ahead: bool
+) -> Generator[_Ready, None, None]:
+    """The batches from a position on, on the devices.
+
+    Args:
+      source: of the batches. It is told the student where it wants to know it; nothing is fetched beyond that.
+      places: where batches go.
+      start: the first position.
+      config: of the run.
+      student: gives the parameters as they are by then.
+      ahead: whether they may be sent ahead of their step.
+    """
+    # Of several processes each has to send at the same time, since JAX compares what they send.
+    sent_ahead = ahead and jax.process_count() == 1
+
+    def placed(ready: _Ready) -> _Ready:
+        return ready._replace(batch=place_batch(ready.batch, places))
+
+    def make(position: int) -> _Ready:
+        ready = _Ready(position, source.batch(position), source.facts(position))
+        return placed(ready) if sent_ahead else ready
+
+    position = start
+    while position < config.steps:
+        until = min(source.prepare(position, student), config.steps)
+        with contextlib.closing(prefetched(make, range(position, until), config.prefetch)) as found:
+            yield from found if sent_ahead else map(placed, found)
+        position = until

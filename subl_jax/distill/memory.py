@@ -117,7 +117,7 @@ def loss_bytes(
     With V ids and T loss tokens of a device, C of them in a chunk, e bytes per element of the compute dtype:
 
         3 C V 4                      logits of student and teacher, and their gradient (`fused.CHUNK_ARRAYS`)
-        V d_s 4                      the sum of the head's gradient, where the head is trained
+        V d_s 4                      the sum of the head's gradient, where the head is trained (V rank 4 of its adapter)
         T (2 d_s + d_t + d_base) e   hidden states of the loss tokens, and the gradient of the student's
     """
     place, config = layouts.loss, model.config
@@ -126,8 +126,8 @@ def loss_bytes(
     chunk = fused.chunk_tokens(tokens, vocab, train.chunk_tokens, fused.UNKNOWN_MEMORY)
     width = 2 * config.d_model + (config.d_model if objective.logit_filter == "anchor" else 0)
     hidden = width * _element(config) + (0 if teacher is None else teacher.config.d_model * _element(teacher.config))
-    head = 0 if config.lora is not None else 4 * vocab * config.d_model
-    return fused.CHUNK_ARRAYS * 4 * chunk * vocab + head + tokens * hidden
+    trained = config.d_model if config.lora is None else config.lora.rank * config.adapts_head
+    return fused.CHUNK_ARRAYS * 4 * chunk * vocab + 4 * vocab * trained + tokens * hidden
 
 
 def abstract_state(params: Any, train: TrainConfig, layout: Layout) -> TrainState:

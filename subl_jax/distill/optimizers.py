@@ -9,6 +9,8 @@ from typing import Any, Literal
 import jax
 import optax
 
+# Names of the leaves that decay: the layers' matrices, and adapters wherever they sit.
+_DECAYED = ("kernel", "lora_a", "lora_b")
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -71,8 +73,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
       ValueError: an unknown optimizer.
     """
 
-    def matrices(params: Any) -> Any:  # stacked matrices; norms and the embedding do not decay
-        return jax.tree.map(lambda leaf: leaf.ndim > 2, params)
+    def matrices(params: Any) -> Any:  # norms, biases, embedding and head do not decay
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
 
     rules = {
         "adamw": lambda: optax.scale_by_adam(config.b1, config.b2),

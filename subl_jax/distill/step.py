@@ -352,8 +352,10 @@ def compiled_step(
 
         # One part's activations at a time: the gradient is taken part by part, not of the sum.
         loss, gradient = _over_parts(loss_and_gradient, batch)
-        updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "loss_tokens": total}
+        # In the master copy's own type, as of one part: else the optimizer's state would change its types after a step.
+        gradient = jax.tree.map(lambda leaf, master: leaf.astype(master.dtype), gradient, state.params)
+        updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
         after = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         if layouts.student is not None:
             # What comes out lies where it came in: the next step compiles to the same program, and donation holds.

@@ -17,17 +17,17 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer
 from subl_jax.distill.step import (
     Batch,
     Frozen,
     Layouts,
-    Objective,
-    OptimizerConfig,
     TrainState,
     compiled_step,
     has_dropout,
-    make_optimizer,
     mean_loss,
+    place_batch,
     state_shardings,
 )
 from subl_jax.models import axes, decoder, lora
@@ -35,7 +35,10 @@ from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import Layout, MeshConfig, make_mesh
 
 COMPILER: Any = {"xla_backend_optimization_level": 0}
-ROWS, TIME, TARGETS, KNOWN = 24, 20, 11, 83
+ROWS, TIME, KNOWN = 24, 20, 83
+# Groups of three rows, as many as any mesh here has parts; each lists up to eleven loss tokens of a row.
+GROUPS, PER_ROW = 8, 11
+TARGETS = ROWS // GROUPS * PER_ROW
 STUDENT = ModelConfig(
     vocab_size=88, num_tokens=KNOWN, d_model=40, num_layers=2, num_heads=24, num_kv_heads=8, head_dim=6, d_ff=56,
     tie_embeddings=False,
@@ -102,21 +105,22 @@ def packed() -> Batch:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, KNOWN, (ROWS, TIME)).astype(np.int32)
     segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
-    places, labels = (np.zeros((ROWS, TARGETS), np.int32) for _ in range(2))
-    used = np.zeros((ROWS, TARGETS), np.float32)
+    places, labels = (np.zeros((ROWS, PER_ROW), np.int32) for _ in range(2))
+    used = np.zeros((ROWS, PER_ROW), np.float32)
     for row in range(ROWS - 1):
         cuts = [0, *sorted(rng.choice(np.arange(2, TIME), 2 + row % 3, replace=False)), TIME - row % 2 * 2]
         for index, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
             segments[row, start:end] = index + 1
             positions[row, start:end] = np.arange(max(end - start, 0))
         inside = [at for at in range(TIME - 1) if segments[row, at] and segments[row, at] == segments[row, at + 1]]
-        chosen = sorted(rng.choice(inside, min(len(inside), 1 + row % TARGETS), replace=False))
-        places[row, : len(chosen)] = chosen
+        chosen = sorted(rng.choice(inside, min(len(inside), 1 + row % PER_ROW), replace=False))
+        places[row, : len(chosen)] = row % (ROWS // GROUPS) * TIME + np.asarray(chosen)
         labels[row, : len(chosen)] = tokens[row, [at + 1 for at in chosen]]
         used[row, : len(chosen)] = 1
     assert segments.max() >= 4 and (segments[:-1] == 0).any()
-    banned = rng.integers(-1, KNOWN, (ROWS, TARGETS, 3)).astype(np.int32)
-    arrays: Any = (tokens, segments, positions, places, labels, used, banned)
+    banned = rng.integers(-1, KNOWN, (ROWS, PER_ROW, 3)).astype(np.int32)
+    listed = (x.reshape(1, GROUPS, TARGETS, *x.shape[2:]) for x in (places, labels, used, banned))
+    arrays: Any = (tokens[None], segments[None], positions[None], *listed)
     return Batch(*arrays)
 
 
@@ -128,7 +132,7 @@ def parts(case: Case) -> tuple[dict[str, Any], Frozen]:
     objective = OBJECTIVES[case.objective]
     plain = dataclasses.replace(case.student, lora=None)
     return trained, Frozen(
-        weights(case.teacher, 2) if objective.loss == "forward_kl" else None,
+        weights(case.teacher, 2) if objective.needs_teacher else None,
         weights(plain, 3) if objective.logit_filter == "anchor" else None,
         below,
     )
@@ -163,7 +167,7 @@ def placed(case: Case) -> tuple[TrainState, Frozen, Batch]:
         axes.place(frozen.base, case.student, student),
         axes.place(frozen.student, case.student, student),
     )
-    return state, frozen, student.shard_batch(packed())
+    return state, frozen, place_batch(packed(), case.layouts)
 
 
 @functools.cache
@@ -251,7 +255,8 @@ class Collective(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The element type and the dimensions of every array that is written down in a program, or in a part of it."""
     return [
         (found["dtype"], tuple(map(int, filter(None, found["sizes"].split(","))))) for found in _SHAPE.finditer(text)
     ]
@@ -263,7 +268,7 @@ def collectives(text: str) -> list[Collective]:
     for line in text.splitlines():
         match = _COLLECTIVE.search(line)
         if match and not _NOBODY_ELSE.search(line):
-            results = _shapes(match["result"])
+            results = shapes(match["result"])
             found.append(Collective(match["kind"], results[0][0], tuple(shape for _, shape in results)))
     return found
 
@@ -271,7 +276,7 @@ def collectives(text: str) -> list[Collective]:
 def sizes(text: str) -> set[int]:
     """Every size of every dimension of every array in a program."""
     lines = (line.split(", metadata=")[0] for line in text.splitlines())
-    return {size for line in lines for _, shape in _shapes(line) for size in shape}
+    return {size for line in lines for _, shape in shapes(line) for size in shape}
 
 
 def matrices(config: ModelConfig, tensor: int) -> Mapping[str, tuple[int, int]]:

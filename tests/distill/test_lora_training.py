@@ -11,14 +11,15 @@ import pytest
 
 from subl_jax import checkpoint
 from subl_jax.distill.loop import Model, TrainConfig, train
-from subl_jax.distill.step import Objective, OptimizerConfig
+from subl_jax.distill.objective import Objective
+from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.metrics.writers import read_metrics
 from subl_jax.models import decoder, hf_export, lora, peft_format
-from subl_jax.models.config import LORA_TARGETS, LoraConfig
+from subl_jax.models.config import LAYER_TARGETS, LoraConfig
 from tests.distill import tiny
 from tests.models.test_decoder import flat, parameters, whole_logits
 
-CONFIG = dataclasses.replace(tiny.SMALL, lora=LoraConfig(rank=16, alpha=32.0, dropout=0.05, targets=LORA_TARGETS))
+CONFIG = dataclasses.replace(tiny.SMALL, lora=LoraConfig(rank=16, alpha=32.0, dropout=0.05, targets=LAYER_TARGETS))
 STEPS = TrainConfig(6, 8, 16, OptimizerConfig(learning_rate=0.02, warmup_steps=1), checkpoint_every=100, log_every=1)
 
 
@@ -40,7 +41,7 @@ def test_a_student_trained_with_adapters_computes_the_same_in_peft(tmp_path, los
     assert losses[-1] < losses[0]
     # Adapters alone were trained, all of them, and what they sit on is as it was.
     assert set(flat(result.params)) == {
-        ("layers", name, leaf) for name in LORA_TARGETS for leaf in ("lora_a", "lora_b")
+        ("layers", name, leaf) for name in LAYER_TARGETS for leaf in ("lora_a", "lora_b")
     }
     assert all(np.any(leaf) for leaf in flat(result.params).values())
     for path, leaf in flat(params).items():

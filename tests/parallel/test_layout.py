@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from subl_jax.distill.step import OptimizerConfig, TrainState, make_optimizer, state_shardings
+from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer
+from subl_jax.distill.step import TrainState, state_shardings
 from subl_jax.models import axes, decoder
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import (
