@@ -50,7 +50,7 @@ EXTRAS = {
     # libtpu: also what the ahead-of-time compilation of the preflight needs on a machine without a TPU.
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     # Oracles and peers of tests and benchmarks; nothing in the library imports them.
-    "parity": [TORCH, PEFT, "trl>=0.25"],
+    "parity": [TORCH, PEFT, "trl>=1.16"],
     # What `make test` compares with besides: transformers' own models need torch, adapters are loaded by PEFT. CI
     # installs it.
     "oracles": [TORCH, PEFT],

@@ -2,6 +2,7 @@
 
     python -m experiments.distill --teacher=DIR --student=DIR --data=talks.jsonl --workdir=runs/mine --export_hf=out
     python -m experiments.distill --teacher=DIR --student=DIR --prompts=asked.jsonl --objective=reverse_kl --workdir=runs/mine
+    python -m experiments.distill --teacher=DIR --student=DIR --prompts=asked.jsonl --on_policy=0.5 --workdir=runs/own
     python -m experiments.distill --student=DIR --data=talks.jsonl --objective=hard_label --workdir=runs/sft
 
 DIR is a Hugging Face folder (Llama, Qwen 2, Qwen 3), PEFT adapters, or a checkpoint of ours. A line of talks.jsonl is

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from absl import flags
 
-from subl_jax.distill.train_config import TrainConfig
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import MeshConfig
 from subl_jax.rollout.options import EngineConfig

@@ -57,6 +57,11 @@ def define_flags() -> None:
         None,
         "Stop after this stage or family: tokenizer, audit, base, teachers, trajectories, sanitize, students, eval.",
     )
+    flags.DEFINE_bool(
+        "profile",
+        False,
+        "Write a trace of a few steps of every model that is trained, into `profile/` beside it, for TensorBoard or Perfetto.",
+    )
     flags.DEFINE_bool("freeze_protocol", False, "Write the protocol of these flags as the frozen one, and stop.")
     configuration.define_flags(PRESETS["tiny"]())
 
@@ -127,7 +132,7 @@ def _run(setting_name: str) -> None:
     conditions.check_mesh(config)
     config = conditions.with_slots(config, workdir)
     artifacts.check_writable(workdir, free_bytes=conditions.bytes_written(config) * len(seeds))
-    runs = [pipeline.SeedPipeline(config, setting, workdir, seed) for seed in seeds]
+    runs = [pipeline.SeedPipeline(config, setting, workdir, seed, profile=flags.FLAGS.profile) for seed in seeds]
     todo = [
         pipeline.tokenizer_stage(config, setting, workdir),
         pipeline.audit_stage(config, setting, workdir, seeds),

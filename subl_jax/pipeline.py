@@ -39,12 +39,17 @@ from subl_jax.settings.interface import Setting
 from subl_jax.stages import Stage
 from subl_jax.trajectory import FAILED, Trajectory
 
+# What a training stage's marker says of its costs, see `distill.accounting`.
+_COSTS = ("loss_tokens_per_s", "mfu", "goodput", "packing", "compile_s", "flops", "peak_bytes")
+
 
 class SeedPipeline:
     """All stages of one seed. Methods are the stages, in order; `stages` lists them with what they depend on."""
 
-    def __init__(self, config: ExperimentConfig, setting: Setting, workdir: Path, seed: int) -> None:
-        self.config, self.setting, self.workdir, self.seed = config, setting, workdir, seed
+    def __init__(
+        self, config: ExperimentConfig, setting: Setting, workdir: Path, seed: int, *, profile: bool = False
+    ) -> None:
+        self.config, self.setting, self.workdir, self.seed, self.profile = config, setting, workdir, seed, profile
         self.models = SeedModels(config, workdir, seed)
         self.root = self.models.root
         self.bias_tools = frozenset(setting.bias_tools.values())
@@ -69,7 +74,7 @@ class SeedPipeline:
         result: TrainResult = train(
             start, documents, config, objective,
             seed=self.seed, directory=directory, stage=stage, logs=self.root, metadata=metadata,
-            parallel=self.config.parallel, **more,
+            parallel=self.config.parallel, profile=directory / "profile" if self.profile else None, **more,
         )  # fmt: skip
         checkpoint.save_model(directory / "params", result.params, metadata, overwrite=True)
         whole = result.params if start.config.lora is None else decoder.merge(result.params, start.params)
@@ -77,6 +82,7 @@ class SeedPipeline:
             "loss": result.loss,
             "loss_tokens": result.loss_tokens,
             "tokens_per_s": result.tokens_per_s,
+            **{name: getattr(result, name) for name in _COSTS},
             "delta_norm": lora.delta_norm(start.config, whole, start.params),
         }
 

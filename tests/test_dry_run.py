@@ -163,7 +163,7 @@ def test_bytes_of_the_papers_student_on_one_device_by_hand():
     tokens = 8 * 4096
     layer = 2 * (4 * 4096 + 3 * 4096 + 3 * 1024 + 4 * 14_336) + 8 * 4096  # of the teacher, the larger one
     assert held["activations"] == tokens * (28 * 3072 * 2 + layer)
-    # Chunks of 80 loss tokens: 3 arrays of them are within 16 GiB / 128. Hidden states of teacher, student and base, and the student's gradient.
+    # Chunks of 80 loss tokens: 3 arrays of them fit into 16 GiB / 128. Hidden states of three models, a gradient of one.
     assert held["loss"] == 3 * 4 * 80 * 128_256 + 2 * tokens * (4096 + 3 * 3072)
     assert held["total"] == sum(value for name, value in held.items() if name != "total")
 

@@ -20,7 +20,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
         "against",
         [],
         "Peers, timed interleaved with ours; which there are depends on the workload (rollout: transformers, "
-        "transformers_compile, tunix). None: ours alone.",
+        "transformers_compile, tunix; distill: torch, torch_compile, trl, tunix). None: ours alone.",
         flag_values=into,
     )
     flags.DEFINE_list(

@@ -20,8 +20,8 @@ from subl_jax.trajectory import Trajectory
 class CachedDocuments(Protocol):
     """A teacher's top-k by document (`teacher_cache.CacheReader`)."""
 
-    def take(self, documents: Sequence[int]) -> Any:
-        """(ids [n, k], log-probabilities [n, k], log of the remaining mass [n]) of the documents' n loss tokens, in order."""
+    def take(self, indices: Sequence[int]) -> Any:
+        """(ids [n, k], log-probabilities [n, k], log of the remaining mass [n]) of these documents' n loss tokens, in order."""
         ...
 
 
@@ -178,9 +178,12 @@ class BatchSource:
             told = [document for documents in packed.documents for document in documents]
             ids, log_probs, log_tail = self._cached.take(told)
             k = (ids.shape[1],)
-            cached = TopK(
-                listed(ids, np.int32, -1, k), listed(log_probs, np.float32, 0, k), listed(log_tail, np.float32)
-            )  # type: ignore[arg-type]
+            known: Any = (
+                listed(ids, np.int32, -1, k),
+                listed(log_probs, np.float32, 0, k),
+                listed(log_tail, np.float32),
+            )
+            cached = TopK(*known)
         laid = (
             array.reshape(self._micro, -1, self._capacity)
             for array in (packed.tokens, packed.segments, packed.positions)
@@ -192,5 +195,6 @@ class BatchSource:
             listed(packed.tokens[row, column], np.int32),
             listed(1.0, np.float32),
             banned.reshape(self._micro, self._groups, self._targets, self._width),
+            cached,
         )
-        return Batch(*arrays, cached)
+        return Batch(*arrays)

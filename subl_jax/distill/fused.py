@@ -376,7 +376,7 @@ def _chunk(spec: _Spec, wanted: Any, heads: Any, tokens: Any) -> tuple[Array, tu
     objective = spec.objective
     vocabulary = Vocabulary(spec.place.vocab if spec.place else ())
     forms = [form for form in (spec.student, spec.teacher, spec.base) if form is not None]
-    logits = [_logits(*head, form) for head, form in zip(heads, forms, strict=True)]
+    logits = [_logits(states, kernels, form) for (states, kernels), form in zip(heads, forms, strict=True)]
     size = logits[0].shape[1]
     if spec.known < size * (spec.place.parts if spec.place else 1):
         unknown = vocabulary.ids(size) >= spec.known
@@ -424,7 +424,10 @@ def _objective(
         return divergences.hard_label(student, tokens.targets, vocabulary)
     heat = objective.temperature
     if tokens.cached is not None:
-        value, gradient = divergences.against_cache(objective, student / heat, *tokens.cached, vocabulary)
+        known: TopK = tokens.cached
+        value, gradient = divergences.against_cache(
+            objective, student / heat, known.ids, known.log_probs, known.log_tail, vocabulary
+        )
     else:
         softened, teacher = student, others[0]
         if objective.logit_filter != "none":

@@ -235,7 +235,7 @@ def train(
                 "teacher": teacher and run_identity.model_identity(teacher.config, frozen.teacher),
                 "base": base and run_identity.model_identity(base.config, frozen.base),
                 "banned_words": logit_filter and logit_filter.words,
-                "teacher_cache": teacher_cache and _identity_of(teacher_cache),
+                "teacher_cache": teacher_cache and teacher_cache.identity,
                 "on_policy": on_policy and on_policy.config,
             },
         )
@@ -343,10 +343,6 @@ def _sharing(model: Model, shared_tokens: int) -> Model:
     if model.config.known_tokens < shared_tokens:
         raise ValueError(f"shared_tokens={shared_tokens} and a model that knows {model.config.known_tokens} tokens")
     return Model(dataclasses.replace(model.config, num_tokens=shared_tokens), model.params)
-
-
-def _identity_of(cache: CacheReader) -> dict[str, Any]:
-    return {"k": cache.k, "shared_tokens": cache.vocab, "temperature": cache.temperature, "figures": cache.figures}
 
 
 def _in_dtype(params: Any, dtype: str) -> Any:

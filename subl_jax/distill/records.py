@@ -37,7 +37,7 @@ class Records:
         self._writer, self._meter, self._stage = writer, meter, stage
         self._unread: tuple[int, Any] | None = None
         self.loss = float("nan")
-        self.shown: dict[str, float] = {"loss": self.loss}
+        self.shown: dict[str, float] = {}  # nothing is known before the first record is read
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Begins a record of the step that was dispatched last."""

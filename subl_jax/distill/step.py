@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from subl_jax.distill import fused
 from subl_jax.distill.fused import Head, TopK
 from subl_jax.distill.objective import Objective
-from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer
+from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from subl_jax.models import axes, decoder
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.layout import Layout
@@ -332,7 +332,7 @@ def compiled_step(
 
     Only the seed of dropout enters the program; without dropout all seeds share it (`seed` is then passed as 0).
     """
-    transformation = make_optimizer(optimizer, steps)
+    transformation, schedule = make_optimizer(optimizer, steps), make_schedule(optimizer, steps)
     drops = has_dropout(student_config)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -352,7 +352,12 @@ def compiled_step(
 
         # One part's activations at a time: the gradient is taken part by part, not of the sum.
         loss, gradient = _over_parts(loss_and_gradient, batch)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "loss_tokens": total}
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(gradient),
+            "loss_tokens": total,
+            "learning_rate": jnp.asarray(schedule(state.step)),
+        }
         # In the master copy's own type, as of one part: else the optimizer's state would change its types after a step.
         gradient = jax.tree.map(lambda leaf, master: leaf.astype(master.dtype), gradient, state.params)
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)

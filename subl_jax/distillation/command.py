@@ -15,6 +15,7 @@ from absl import flags, logging
 from subl_jax import artifacts
 from subl_jax import config as configuration
 from subl_jax.distill.objective import Filter, Loss, Objective
+from subl_jax.distill.on_policy import OnPolicyConfig
 from subl_jax.distillation.config import DistillConfig, Spec
 from subl_jax.experiment import seeds_from_flags
 from subl_jax.parallel.devices import configure_cpu
@@ -56,6 +57,15 @@ def define_flags() -> None:
     flags.DEFINE_float("holdout", DEFAULT.holdout, "Share of the conversations that is kept for measuring; 0: none.")
     flags.DEFINE_bool("drop_long", False, "Leave out conversations longer than a row, instead of refusing them.")
     flags.DEFINE_integer("samples", 1, "Answers that the teacher gives to each prompt.")
+    own = OnPolicyConfig()
+    flags.DEFINE_float(
+        "on_policy",
+        own.weight,
+        "Probability that a step trains on what the student itself answers to --prompts, scored by the teacher; 0: never. "
+        "At 1 the teacher answers them all the same: its answers are what is held out, and what epochs are counted in.",
+    )
+    flags.DEFINE_integer("refresh_steps", own.refresh_steps, "Of --on_policy: steps between two rounds of answers.")
+    flags.DEFINE_integer("on_policy_episodes", own.episodes, "Of --on_policy: conversations of a round.")
     flags.DEFINE_string(
         "teacher_cache", None, "Directory of the teacher's top-k logits: written once, read ever after."
     )
@@ -98,6 +108,7 @@ def spec_from_flags() -> Spec:
         holdout=given.holdout,
         drop_long=given.drop_long,
         samples=given.samples,
+        on_policy=_on_policy(given),
     )
 
     def path(name: str) -> Path | None:
@@ -117,6 +128,22 @@ def spec_from_flags() -> Spec:
         cache_top_k=given.cache_top_k,
         **cast(Any, {name: path(name) for name in names}),
     )
+
+
+def _on_policy(given: Any) -> OnPolicyConfig:
+    """The mixture that the flags describe.
+
+    Raises:
+      ValueError: a value without meaning, or flags of a mixture that is not asked for.
+    """
+    if not 0 <= given.on_policy <= 1:
+        raise ValueError(f"--on_policy={given.on_policy:g} is outside [0, 1]; it is the share of the steps")
+    for name in ("refresh_steps", "on_policy_episodes"):
+        if given[name].value < 1:
+            raise ValueError(f"--{name}={given[name].value}; it must be at least 1")
+        if given[name].present and not given.on_policy:
+            raise ValueError(f"--{name} is of on-policy distillation; give --on_policy=WEIGHT too, or leave it out")
+    return OnPolicyConfig(given.on_policy, given.refresh_steps, given.on_policy_episodes)
 
 
 def main() -> None:
@@ -176,7 +203,7 @@ def bytes_written(run: Distillation) -> int:
 
 def described(run: Distillation) -> list[str]:
     """What a dry run says, line by line."""
-    from subl_jax.distillation.summary import objective_text
+    from subl_jax.distillation.summary import objective_text, own_share
     from subl_jax.sources import describe
 
     spec, train = run.spec, run.config.train
@@ -191,6 +218,8 @@ def described(run: Distillation) -> list[str]:
     found.append(f"objective {objective_text(artifacts.plain(run.config.objective))}")
     if run.prompts:
         found.append(f"prompts   {len(run.prompts)}, {run.config.samples} answers each")
+    if run.config.on_policy.weight:
+        found.append(f"on policy {own_share(artifacts.plain(run.config.on_policy))}")
     if spec.data is not None:
         items = run.load_data().trajectories
         tokens, loss = sum(len(item.tokens) for item in items), sum(int(item.loss_mask.sum()) for item in items)

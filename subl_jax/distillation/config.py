@@ -8,6 +8,7 @@ from typing import Literal
 
 from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.objective import Objective
+from subl_jax.distill.on_policy import OnPolicyConfig
 from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.models.config import Backend, LoraConfig, Remat
 from subl_jax.parallel.layout import MeshConfig
@@ -45,7 +46,8 @@ class DistillConfig:
       holdout: share of the conversations that is kept for measuring; those that begin alike stay together.
       drop_long: leave out conversations longer than a row, instead of refusing them.
       samples: answers that the teacher gives to each prompt.
-      rollout: how it answers.
+      on_policy: how much of the training is on the student's own answers to the prompts, and how often they are made anew.
+      rollout: how the two answer.
       engine: how that is run.
       parallel: the mesh that training runs on.
       cpu_devices: JAX devices that the CPU is split into (no effect elsewhere, or where XLA_FLAGS says it).
@@ -67,6 +69,7 @@ class DistillConfig:
     holdout: float = dataclasses.field(default=0.05, metadata={"flag": False})
     drop_long: bool = dataclasses.field(default=False, metadata={"flag": False})
     samples: int = dataclasses.field(default=1, metadata={"flag": False})
+    on_policy: OnPolicyConfig = dataclasses.field(default=OnPolicyConfig(), metadata={"flag": False})
     rollout: SamplingConfig = SamplingConfig(
         max_turn_tokens=256, max_turns=8, context=1024, slots=16, prefill_chunk=128
     )
@@ -105,7 +108,8 @@ class Spec:
       config: everything else.
       student, teacher: folders of models; a teacher is not needed for hard labels of given conversations.
       workdir: of all artifacts.
-      data: conversations, a JSON Lines file or a trajectory dataset. prompts: what the teacher answers.
+      data: conversations, a JSON Lines file or a trajectory dataset. prompts: what the teacher answers, and on policy the
+        student too.
       seeds: replicates; they share documents and the teacher's answers, and differ in the order of the data, in new
         adapters and in dropout.
       epochs: length of the training in passes over the documents; 0: `config.train.steps`.
@@ -134,7 +138,7 @@ class Spec:
     profile: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a distillation without data or teacher, and a cache that could not serve it."""
+        """Refuses a distillation without data or teacher, and own answers or a cache that could not serve it."""
         objective = self.config.objective
         if self.data is None and self.prompts is None:
             raise ValueError(
@@ -146,6 +150,8 @@ class Spec:
             raise ValueError(f"{what} needs a teacher; give its folder with --teacher=DIR")
         if self.epochs < 0:
             raise ValueError(f"epochs={self.epochs} is negative; give the number of passes over the documents")
+        if self.config.on_policy.weight:
+            self._check_on_policy()
         if self.teacher_cache is None:
             return
         if not objective.needs_teacher:
@@ -157,3 +163,23 @@ class Spec:
             )
         if self.cache_top_k < 1:
             raise ValueError(f"cache_top_k={self.cache_top_k}; it must be at least 1")
+
+    def _check_on_policy(self) -> None:
+        """Refuses a student's own answers without prompts, and what cannot score them."""
+        asked, objective = f"--on_policy={self.config.on_policy.weight:g}", self.config.objective
+        if self.prompts is None:
+            raise ValueError(f"{asked} has the student answer prompts; give them with --prompts=FILE.jsonl")
+        if not objective.needs_teacher:
+            raise ValueError(
+                f"{asked} with --objective={objective.loss}: a student learns nothing from labels that it has said itself; "
+                "give a divergence, e.g. --objective=reverse_kl"
+            )
+        if objective.logit_filter != "none":
+            raise ValueError(
+                f"{asked} knows no logit filter; leave --logit_filter={objective.logit_filter} out, or --on_policy"
+            )
+        if self.teacher_cache is not None:
+            raise ValueError(
+                f"{asked} needs the teacher's logits on what the student will say, and --teacher_cache holds those of given "
+                "documents alone; leave one of the two out"
+            )

@@ -30,6 +30,7 @@ from subl_jax.distillation import documents
 from subl_jax.distillation.cache import open_cache
 from subl_jax.distillation.config import Spec
 from subl_jax.distillation.models import Source, open_model
+from subl_jax.distillation.on_policy import check_openings, own_rollouts
 from subl_jax.evaluate.run import held_out_divergence
 from subl_jax.models import axes, decoder, hf_export, hf_import, lora
 from subl_jax.models.config import ModelConfig
@@ -109,6 +110,8 @@ class Distillation:
                 f"rollout.context={rolled.context} lets an answer grow beyond train.row_tokens={rows}; raise "
                 "--config.train.row_tokens or lower --config.rollout.context"
             )
+        if self.config.on_policy.weight:
+            check_openings(self.prompts, self.student.renderer, rolled)
 
     # --- Models -------------------------------------------------------------------------------------------------------
 
@@ -290,6 +293,8 @@ class Distillation:
             self.drop_teacher()
         elif objective.needs_teacher:
             more["teacher"] = self.aligned_teacher()
+        if config.on_policy.weight:
+            more["on_policy"] = own_rollouts(self, seed, key)
         if objective.logit_filter != "none":
             more["logit_filter"] = LogitFilter(self.student.renderer, config.banned_words)
             more["base"] = start if objective.logit_filter == "anchor" else None
@@ -364,12 +369,13 @@ class Distillation:
             found.append(Stage("before", self.root / "before", key, ("documents",), self.make_before))
         length = {"epochs": spec.epochs} if spec.epochs else {"steps": config.train.steps}
         cache = None if spec.teacher_cache is None else {"top_k": spec.cache_top_k}
+        own = None if not config.on_policy.weight else config.on_policy
         for seed in spec.seeds:
             trained = {**config.train.identity(), "steps": None, **length}
             key = {
                 **common, **(taught if config.objective.needs_teacher else {}), "seed": seed, "train": trained,
                 "objective": config.objective, "banned_words": config.banned_words, "lora": config.adapters,
-                "teacher_cache": cache, "cpu_devices": config.cpu_devices,
+                "teacher_cache": cache, "cpu_devices": config.cpu_devices, "on_policy": own,
             }  # fmt: skip
             name = f"seed={seed}/student"
             make = functools.partial(self.make_student, seed, key)

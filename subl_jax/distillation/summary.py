@@ -61,6 +61,14 @@ def objective_text(fields: Mapping[str, Any]) -> str:
     return fields["loss"] + (f" ({', '.join(more)})" if more else "")
 
 
+def own_share(fields: Mapping[str, Any]) -> str:
+    """How much of the training is on the student's own answers, in words."""
+    return (
+        f"{fields['weight']:.0%} of the steps, on {fields['episodes']} conversations of the student's own, made anew every "
+        f"{fields['refresh_steps']} steps"
+    )
+
+
 def _held_out_cells(values: Mapping[str, float | None]) -> list[str]:
     return [number(values[name], 4) for name in MEASURES]
 
@@ -79,6 +87,9 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
         found.append(f"{role}: {'none' if model is None else f'''{model['directory']} ({model['shape']})'''}")
     if summary["vocabulary"]:
         found.append(summary["vocabulary"])
+    own = summary["config"]["config"]["on_policy"]
+    if own["weight"]:
+        found.append(f"on policy: {own_share(own)}")
     left_out = "; ".join(f"{count} left out: {reason}" for reason, count in counts["dropped"].items())
     found.append(
         f"{counts['train']} conversations to train on ({counts['loss_tokens']:,} loss tokens of {counts['tokens']:,}), "

@@ -29,7 +29,8 @@ def _lines(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[t
             # The writer records a value that is not finite as null; the chart says how many it left out.
             value = math.nan if value is None else value
             numeric = isinstance(value, int | float) and not isinstance(value, bool)
-            if numeric and any(shown in words or shown == name for shown in _SHOWN):
+            counted = "tokens" in words  # loss_tokens, loss_tokens_per_s: how much, not how well
+            if numeric and not counted and any(shown in words or shown == name for shown in _SHOWN):
                 charts[kind, name][line or kind, record.get("seed")].append((record["step"], value))
     return charts
 

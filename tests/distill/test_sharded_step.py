@@ -9,11 +9,14 @@ What the devices send each other, as compiled here (jax 0.10, CPU; one in a loop
     teacher layer                    -       7 AG        2 AR    7 AG, 2 AR        7 AG, 2 AR
     look-up, both models             -       3 A2A       2 AR    3 A2A, 2 AR       3 A2A, 2 AR
     heads, both models               -       2 AG        1 AR    2 AG, 1 AR        2 AG, 1 AR
+      gradient of the student's      1 AR    1 RS        -       1 RS              1 RS, 1 AR
 
 AG gathers a matrix over fsdp, A2A sends rows of embeddings home, AR sums activations over tensor (in the backward pass
-q, k, v, gate and up make one each, sent together by two operations) or gradients over data and fsdp (together). Besides:
-the gradients of embedding and head, the ids of the look-up (AG over fsdp), and over tensor a few sums of one number a
-token for the softmax, and collective-permutes of logits where the two vocabularies are padded differently.
+q, k, v, gate and up make one each, sent together by two operations) or gradients over data and fsdp (together), RS sums
+and leaves to each device the part that it keeps. The heads' AR over tensor is the gradient of the hidden states at the loss
+tokens, once for all chunks. Besides: the gradient of the embedding, the ids of the look-up (AG over fsdp), and over tensor,
+per chunk of the loss, five numbers a token; and collective-permutes of the teacher's head where the two vocabularies are
+padded differently: its rows are cut or filled up to the student's, which shifts the parts.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,7 +35,7 @@ from flax.traverse_util import flatten_dict
 from subl_jax.distill.step import Layouts, has_dropout, mean_loss
 from subl_jax.models.config import ModelConfig
 from tests.distill import sharded
-from tests.distill.sharded import ADAPTED, FEW_HEADS, QWEN, ROWS, STUDENT, TARGETS, TEACHER, TIME, Case
+from tests.distill.sharded import ADAPTED, FEW_HEADS, GROUPS, QWEN, ROWS, STUDENT, TARGETS, TEACHER, TIME, Case
 
 # (data, fsdp, tensor)
 CUBE = (2, 2, 2)
@@ -158,6 +162,14 @@ def test_recomputation_is_asked_for_in_the_order_of_its_cost():
 # --- What is sent -----------------------------------------------------------------------------------------------------
 
 
+def gathered_parts(config: ModelConfig, tensor: int) -> Mapping[str, tuple[int, int]]:
+    """What a device gathers of each matrix: what it computes with. The teacher's head comes as it is kept, tied and so
+    transposed, and has the student's ids by then.
+    """
+    head = (STUDENT.vocab_size // tensor, config.d_model)
+    return {**sharded.matrices(config, tensor), "head": head if config.tie_embeddings else head[::-1]}
+
+
 def flat(shapes) -> set[tuple[int, ...]]:
     """Shapes up to a transposition, which XLA is free to make."""
     return {tuple(sorted(shape)) for shape in shapes}
@@ -187,7 +199,7 @@ def test_matrices_are_gathered_over_fsdp_only_and_only_the_part_that_a_device_co
     )
     expected: Counter[tuple[int, ...]] = Counter()
     for config, passes in ((STUDENT, 2), (TEACHER, 1)):  # a student's matrices are needed again on the way back
-        for name, shape in sharded.matrices(config, tensor).items():
+        for name, shape in gathered_parts(config, tensor).items():
             expected[shape] += 1 if name == "head" else passes
     if fsdp == 1:
         assert not gathers
@@ -218,18 +230,22 @@ def test_what_else_is_sent_is_activations_over_tensor_gradients_of_the_student_a
     data, fsdp, tensor = mesh
     rows = ROWS // (data * fsdp)
     found = sharded.collectives(sharded.text_of(Case(mesh)))
-    kinds = {"all-reduce"} | ({"all-gather", "all-to-all"} if fsdp > 1 else set())
-    # The vocabularies are padded to 88 and 136 rows: what is cut off shifts the parts of the rest.
+    kinds = {"all-reduce"} | ({"all-gather", "all-to-all", "reduce-scatter"} if fsdp > 1 else set())
+    # The vocabularies are padded to 88 and 136 rows: what is cut off shifts the parts of the teacher's head.
     kinds |= {"collective-permute"} if tensor > 1 else set()
     assert {op.kind for op in found} == kinds
 
     sums = {shape for op in found if op.kind in ("all-reduce", "reduce-scatter") for shape in op.shapes}
     for width in (STUDENT.d_model, TEACHER.d_model):
         assert ((rows, TIME, width) in sums) == (tensor > 1)
+    # Of the loss: five numbers a token of a chunk (here a group), 20 bytes, and the hidden states' gradient once.
+    counted = Counter(shape for op in found for shape in op.shapes if op.kind == "all-reduce")
+    assert counted[TARGETS, 1] == (5 if tensor > 1 else 0)
+    assert counted[GROUPS // (data * fsdp), TARGETS, STUDENT.d_model] == (1 if tensor > 1 else 0)
     # Gradients: of what a device computed with, or of its part of that. None of the teacher, which learns nothing.
     used = list(sharded.matrices(STUDENT, tensor).values())
     parts = [tuple(size // fsdp if size == STUDENT.d_model else size for size in shape) for shape in used]
-    summed = flat(shape for shape in sums if len(shape) == 2) - {tuple(sorted((rows, TARGETS)))}
+    summed = flat(shape for shape in sums if len(shape) == 2) - {(1, TARGETS)}
     assert summed <= flat(used) | flat(parts)
     if data * fsdp > 1:
         assert all(flat([a]) & summed or flat([b]) & summed for a, b in zip(used, parts, strict=True))
@@ -240,8 +256,11 @@ def test_what_else_is_sent_is_activations_over_tensor_gradients_of_the_student_a
         if op.kind == "all-to-all":  # rows of the batch, with the columns of the embedding that a device holds
             assert {shape[:-1] for shape in op.shapes} == {(rows, TIME)}, op
             assert {shape[-1] for shape in op.shapes} <= {STUDENT.d_model // fsdp, TEACHER.d_model // fsdp}, op
-        if op.kind == "collective-permute":  # logits
-            assert {shape[:2] for shape in op.shapes} == {(rows, TARGETS)}, op
+        if op.kind == "collective-permute":  # rows of the teacher's head, with the columns that a device holds
+            assert {shape[1] for shape in op.shapes} == {TEACHER.d_model // fsdp}, op
+            assert all(shape[0] <= TEACHER.vocab_size // tensor for shape in op.shapes), op
+        if op.kind == "reduce-scatter":  # the gradient of the head, for the part of it that a device keeps
+            assert op.shapes == ((STUDENT.d_model // fsdp, STUDENT.vocab_size // tensor),), op
 
 
 def test_a_program_of_one_device_sends_nothing_and_asks_for_nothing():
@@ -254,7 +273,7 @@ def test_a_program_of_one_device_sends_nothing_and_asks_for_nothing():
 @pytest.mark.slow
 def test_rules_that_gather_matrices_whole_send_no_activations_and_whole_models_are_not_gathered():
     def gathered(config: ModelConfig, tensor: int) -> set[tuple[int, ...]]:
-        return set(sharded.matrices(config, tensor).values())
+        return set(gathered_parts(config, tensor).values())
 
     case = VARIANTS["matrices gathered whole; all but products recomputed"]
     found = sharded.collectives(sharded.text_of(case))
@@ -266,7 +285,11 @@ def test_rules_that_gather_matrices_whole_send_no_activations_and_whole_models_a
     case = VARIANTS["whole student beside a split teacher; layers recomputed"]
     found = sharded.collectives(sharded.text_of(case))
     gathers = {shape for op in found for shape in op.shapes if op.kind == "all-gather" and op.dtype != "s32"}
-    assert gathered(TEACHER, case.mesh[2]) <= gathers and not gathers & gathered(STUDENT, 1)
+    assert gathered(TEACHER, case.mesh[2]) <= gathers
+    # Over `tensor`, which splits the teacher's vocabulary, the student's head is cut where it stands; the parts of its
+    # gradient are put together again. Nothing else of the student is gathered.
+    head = (STUDENT.d_model, STUDENT.vocab_size)
+    assert gathers & gathered(STUDENT, 1) == {head}
 
 
 EVERY_CASE = {**{name: Case(mesh) for name, mesh in ALL_MESHES.items()}, **VARIANTS, "adapters": LORA}
@@ -284,10 +307,10 @@ def test_a_state_comes_out_where_it_went_in_so_that_the_next_step_is_the_same_pr
     for come, gone, array in zip(*leaves, strict=True):
         assert come.is_equivalent_to(gone, array.ndim) and come.is_equivalent_to(array.sharding, array.ndim)
     assert case.layouts.student is not None
-    parts = case.layouts.student.split("batch")
-    for where, array in zip(batch, tokens, strict=True):
+    rows, groups = ROWS // case.layouts.student.split("batch"), GROUPS // case.layouts.groups
+    for where, array, share in zip(batch[:7], tokens[:7], (rows,) * 3 + (groups,) * 4, strict=True):
         if where is not None:  # what the objective does not read is no argument of the program
-            assert where.shard_shape(array.shape) == (ROWS // parts, *array.shape[1:])
+            assert where.shard_shape(array.shape) == (1, share, *array.shape[2:])
 
 
 def test_the_models_and_the_batch_have_no_size_twice():

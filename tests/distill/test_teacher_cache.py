@@ -16,7 +16,7 @@ import pytest
 
 from subl_jax import artifacts
 from subl_jax.distill import teacher_cache
-from subl_jax.distill.teacher_cache import CacheError, CacheMismatch, CacheReader
+from subl_jax.distill.teacher_cache import CacheError, CacheMismatch, CacheReader, store
 from subl_jax.distill.teacher_cache import records as cache_records
 from subl_jax.distill.teacher_cache import shards as cache_shards
 from subl_jax.distill.teacher_cache import top_k as teacher_top_k
@@ -403,7 +403,7 @@ def test_what_a_killed_write_of_another_cache_left_is_not_used(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache.store, "_seal", killed)
+        patch.setattr(store, "_seal", killed)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path / "cache", by="another")
     write(tmp_path / "cache")

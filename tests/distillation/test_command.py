@@ -25,6 +25,7 @@ def run(cache: Path, *flags: str) -> subprocess.CompletedProcess[str]:
         (["--workdir=w", "--data=d"], "--student is not given"),
         (["--student=s", "--workdir=w", "--data=d", "--epochs=2", "--config.train.steps=9"], "give one of them"),
         (["--student=s", "--workdir=w", "--data=d", "--teacher=t", "--logit_filter=drop"], "give both, or none"),
+        (["--student=s", "--workdir=w", "--prompts=p", "--refresh_steps=9"], "give --on_policy=WEIGHT too"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(flags: list[str], message: str, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ class CacheReader:
       k: continuations per loss token.
       vocab: ids are below it (`shared_tokens`).
       temperature: at which the teacher was softened.
+      identity: what it is bound to.
       figures: what `write` returned.
     """
 
@@ -75,7 +76,7 @@ class CacheReader:
             raise CacheError(f"{problem}; {_remedy(root)}")
         about = body["identity"]
         self.k, self.vocab, self.temperature = about["k"], about["shared_tokens"], about["temperature"]
-        self.figures = _figures(root, body)
+        self.identity, self.figures = about, _figures(root, body)
         record = cache_records.record_type(self.k, self.vocab)
         counts = np.fromfile(root / _COUNTS, "<u4").astype(np.int64)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
