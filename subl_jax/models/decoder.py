@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from subl_jax.models import attention
@@ -26,8 +27,13 @@ Params = Mapping[str, Any]
 # The logit of a padding row of the vocabulary: its probability is exactly 0 in float32, and no arithmetic on it is NaN.
 PADDING_LOGIT = -1e30
 
+# The products of `_Dense`, by name: a policy does not look into their gradient rule.
+_PRODUCT = "product"
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(_PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -110,7 +116,7 @@ class _Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         fan_in = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (fan_in, self.features))
-        y = _product(x, kernel)
+        y = checkpoint_name(_product(x, kernel), _PRODUCT)
         if self.bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if self.lora is not None:

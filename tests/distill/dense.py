@@ -116,8 +116,8 @@ def loss(
     objective: Objective, student: Head, teacher: Head | None, base: Head | None, tokens: Tokens, *, known: int
 ) -> Any:
     """What `fused.divergence` computes, with everything in memory at once."""
-    made = [None if head is None else logits(head) for head in (student, teacher, base)]
-    return jnp.sum(per_token(objective, *made, flat(tokens), known, jnp) * tokens.weights.reshape(-1))
+    z, *others = (None if head is None else logits(head) for head in (student, teacher, base))
+    return jnp.sum(per_token(objective, z, others[0], others[1], flat(tokens), known, jnp) * tokens.weights.reshape(-1))
 
 
 class Exact(NamedTuple):

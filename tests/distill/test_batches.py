@@ -168,8 +168,8 @@ class Cache:
     def __init__(self, documents: list) -> None:
         self.documents = documents
 
-    def take(self, documents: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        mark = np.concatenate([index * 100 + np.flatnonzero(self.documents[index].loss_mask) for index in documents])
+    def take(self, indices: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        mark = np.concatenate([index * 100 + np.flatnonzero(self.documents[index].loss_mask) for index in indices])
         return mark[:, None] + np.asarray([[0, 7, 9]]), -mark[:, None] / np.asarray([[1.0, 2.0, 4.0]]), -mark / 8
 
 

@@ -23,12 +23,12 @@ from subl_jax.distill.objective import Objective
 from tests.distill import dense
 
 TOKENS, VOCAB = 7, 23
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl")
+DIVERGENCES: tuple[Any, ...] = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl")
 # Besides signs and sizes of all kinds, a token that does not count.
 WEIGHTS = np.asarray([1.0, 0.25, 0.0, 3.0, -1.5, 1.0, 0.5], np.float32)
 TARGETS = np.random.default_rng(2).integers(0, VOCAB, TOKENS).astype(np.int32)
 # Weights of the mixtures that are none of the special ones.
-UNEVEN = {"teacher_weight": 0.3, "skew": 0.15}
+UNEVEN: dict[str, Any] = {"teacher_weight": 0.3, "skew": 0.15}
 
 
 def draw(std: float, seed: int = 0, shape: tuple[int, ...] = (TOKENS, VOCAB)) -> list[np.ndarray]:
@@ -53,7 +53,7 @@ def mask_of(banned: np.ndarray) -> np.ndarray:
 def told(weights: Any = WEIGHTS, banned: Any = None, cached: TopK | None = None, targets: Any = TARGETS) -> Tokens:
     count = len(targets)
     arrays: Any = (targets, weights, np.zeros((count, 0), np.int32) if banned is None else banned)
-    return Tokens(*arrays, cached)
+    return Tokens(*arrays, cached=cached)
 
 
 def ours(

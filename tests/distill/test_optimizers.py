@@ -41,7 +41,8 @@ def trajectory(optimizer: OptimizerConfig, steps: int = 8, length: int = 10) -> 
 
 def rates(optimizer: OptimizerConfig, length: int) -> list[float]:
     """The rate of every step, and of the one after the last."""
-    return [float(make_schedule(optimizer, length)(step)) for step in range(length + 1)]
+    schedule: Any = make_schedule(optimizer, length)
+    return [float(schedule(step)) for step in range(length + 1)]
 
 
 def norm(tree: Any) -> float:

@@ -162,7 +162,7 @@ def test_recomputation_is_asked_for_in_the_order_of_its_cost():
 # --- What is sent -----------------------------------------------------------------------------------------------------
 
 
-def gathered_parts(config: ModelConfig, tensor: int) -> Mapping[str, tuple[int, int]]:
+def gathered_parts(config: ModelConfig, tensor: int) -> Mapping[str, tuple[int, ...]]:
     """What a device gathers of each matrix: what it computes with. The teacher's head comes as it is kept, tied and so
     transposed, and has the student's ids by then.
     """

@@ -75,7 +75,8 @@ def packed_batch(capacity: int = 32, rows: int = 8) -> Batch:
             counted[row] += 1
         used[row] += length
     assert max(used) <= capacity
-    return Batch(*(jnp.asarray(x)[None] for x in (*integers.values(), places, labels, weights, banned)))
+    arrays: Any = (jnp.asarray(x)[None] for x in (*integers.values(), places, labels, weights, banned))
+    return Batch(*arrays)
 
 
 def divided(batch: Batch, micro: int, groups: int) -> Batch:
@@ -84,10 +85,11 @@ def divided(batch: Batch, micro: int, groups: int) -> Batch:
     share = rows // (micro * groups)
     offset = (jnp.arange(rows) % share)[None, :, None] * capacity
     listed = (batch.loss_places + offset, *batch[4:7])
-    return Batch(
+    arrays: Any = (
         *(x.reshape(micro, rows // micro, capacity) for x in batch[:3]),
         *(x.reshape(micro, groups, share * x.shape[2], *x.shape[3:]) for x in listed),
     )
+    return Batch(*arrays)
 
 
 @functools.cache
@@ -204,8 +206,7 @@ def test_rows_that_do_not_split_over_the_devices_are_refused_with_the_nearest():
 # --- What must not change it ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize(("micro", "groups"), [(1, 1), (2, 1), (4, 2)])
 def test_parts_and_groups_of_a_batch_change_nothing(micro, groups):
     """Parts have unlike numbers of loss tokens: a mean of their means would be another loss."""
     batch = divided(packed_batch(), micro, groups)
@@ -214,7 +215,7 @@ def test_parts_and_groups_of_a_batch_change_nothing(micro, groups):
     assert_same(gradient_of("mixed")(STUDENT, FROZEN, batch), dense("mixed"))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("chunk", [7, 100])
 def test_the_size_of_a_chunk_changes_nothing(chunk):
     """Also where it does not divide the 256 places of a group, which are then filled up."""
     found = gradient_of("drop", ONE_DEVICE, chunk)(STUDENT, FROZEN, divided(packed_batch(), 1, 1))
@@ -224,7 +225,7 @@ def test_the_size_of_a_chunk_changes_nothing(chunk):
 def test_the_order_of_rows_and_an_empty_row_change_nothing():
     batch = packed_batch()
     order = np.random.default_rng(0).permutation(8)
-    shuffled = Batch(*(field[:, order] for field in batch[:7]))
+    shuffled = jax.tree.map(lambda field: field[:, order], batch)
     assert_same(gradient_of("drop")(STUDENT, FROZEN, shuffled), gradient_of("drop")(STUDENT, FROZEN, batch))
 
 
@@ -305,7 +306,7 @@ def gradient_seen(after: TrainState) -> Any:
 
 @pytest.mark.parametrize(
     ("micro", "groups", "chunk", "mesh"),
-    [(2, 1, 0, None), (4, 2, 0, None), (1, 1, 24, None), (2, 1, 50, None), (2, 2, 9, (1, 2, 2)), (1, 4, 0, (2, 2, 2))],
+    [(4, 1, 50, None), (2, 2, 9, (1, 2, 2)), (1, 4, 0, (2, 2, 2))],
 )
 def test_a_step_in_parts_in_chunks_and_on_a_mesh_is_the_same_step(micro, groups, chunk, mesh):
     layouts = ONE_DEVICE
@@ -324,11 +325,10 @@ def test_a_step_in_parts_in_chunks_and_on_a_mesh_is_the_same_step(micro, groups,
         assert float(metrics[metric]) == pytest.approx(float(expected[metric]), rel=1e-5)
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_a_state_keeps_its_types_in_parts_too(micro):
+def test_a_state_keeps_its_types_in_parts_too():
     """Gradients of parts are added up in float32; a bfloat16 state of another type would not be donated nor restored."""
     optimizer = OptimizerConfig("adamw", weight_decay=0.1)
-    after, _ = one_step("hard", optimizer, divided(packed_batch(), micro, 1), dtype="bfloat16")
+    after, _ = one_step("hard", optimizer, divided(packed_batch(), 2, 1), dtype="bfloat16")
     params = jax.tree.map(lambda leaf: jnp.array(leaf, "bfloat16"), STUDENT)
     before = jax.eval_shape(lambda: TrainState(params, make_optimizer(optimizer, 10).init(params), jnp.int32(0)))
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), after, before)
@@ -378,7 +378,6 @@ def lowered_step(objective: Objective, layouts: Layouts) -> jax.stages.Lowered:
 @pytest.mark.parametrize(
     ("objective", "mesh"),
     [
-        (Objective("forward_kl"), None),
         (Objective("jensen_shannon", "anchor"), None),
         (Objective("forward_kl"), (1, 1, 2)),
         (Objective("reverse_kl", "drop"), (2, 2, 2)),
