@@ -5,9 +5,10 @@
     python -m experiments.throughput --workload=rollout --against=tunix --tunix_python=DIR/bin/python --cases=small_*
     python -m experiments.throughput --workload=distill --against=torch,torch_compile,trl
 
-Peers need `make setup EXTRAS=oracles`, TRL `EXTRAS=parity`. All programs are held to the same cores and timed in turns. Rounds in which other
-processes compute are repeated, and told where they cannot be avoided: libraries suffer unlike from company. Expect the
-rollout with both peers of transformers to take about a quarter of an hour on two idle cores, the small cases five minutes.
+Peers need `make setup EXTRAS=oracles`, TRL `EXTRAS=parity`. All programs are held to the same cores and timed in turns.
+Rounds in which other processes compute are repeated, and told where they cannot be avoided: libraries suffer unlike from
+company. Expect the rollout with both peers of transformers to take about a quarter of an hour on two idle cores, the small
+cases five minutes.
 """
 
 from __future__ import annotations
