@@ -294,7 +294,7 @@ def test_mixtures_become_the_plain_divergences_at_their_ends(limit, other, scale
     exact = limit.get("skew") == 0.0
     assert near[0] / scale == pytest.approx(far[0], rel=1e-6 if exact else 5e-3)
     assert dense.relative(near[1] / scale, far[1]) <= (1e-6 if exact else 5e-3)
-    wrong = {"forward_kl": "reverse_kl", "reverse_kl": "forward_kl"}[other["loss"]]
+    wrong: Any = {"forward_kl": "reverse_kl", "reverse_kl": "forward_kl"}[other["loss"]]
     assert ours(Objective(wrong), student, teacher, tokens=ones)[0] != pytest.approx(far[0], rel=0.05)
 
 

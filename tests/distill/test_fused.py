@@ -73,7 +73,7 @@ class Case:
         return self.place.groups if self.place else 1
 
 
-def head_of(arrays: Any, transposed: tuple[bool, ...]) -> Head:
+def head_of(arrays: Any, transposed: Any) -> Head:
     hidden, kernels = arrays
     return Head(hidden, kernels, transposed)
 
