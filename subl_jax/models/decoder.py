@@ -213,7 +213,7 @@ class _Decoder(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, tokens: Array, where: _Where):
+    def __call__(self, tokens: Array, where: _Where, embedded: Array | None = None):
         config = self.config
         embedding = self.param(
             "embedding", nn.initializers.normal(config.init_scale), (config.vocab_size, config.d_model)
@@ -222,7 +222,8 @@ class _Decoder(nn.Module):
             self.param("head", nn.initializers.lecun_normal(), (config.d_model, config.vocab_size))
         if config.adapts_head:
             _HeadAdapter(config, name="head_adapter")()
-        x = _look_up(embedding, tokens, self.layout).astype(config.compute_dtype)
+        x = _look_up(embedding, tokens, self.layout) if embedded is None else embedded
+        x = x.astype(config.compute_dtype)
         block = _Block
         if config.remat != "none":
             block = nn.remat(_Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
@@ -301,6 +302,30 @@ def _look_up(
     )(embedding, tokens)
 
 
+@jax.custom_vjp
+def tied(
+    embedding: Float[Array, "vocab d_model"], tokens: Int[Array, "batch time"]
+) -> tuple[Float[Array, "batch time d_model"], Float[Array, "vocab d_model"]]:
+    """A tied table in its two uses: its rows for `apply` (`embedded`), and itself for the head.
+
+    Their gradients meet in one table: rows are added into the head's, where JAX's own rules fill a second table with zeros,
+    add the rows to that, and add the two. On one device.
+    """
+    return embedding[tokens], embedding
+
+
+def _tied_forward(embedding: Array, tokens: Array) -> tuple[tuple[Array, Array], Array]:
+    return tied(embedding, tokens), tokens
+
+
+def _tied_backward(tokens: Array, gradients: tuple[Array, Array]) -> tuple[Array, None]:
+    rows, head = gradients
+    return head.at[tokens].add(rows), None
+
+
+tied.defvjp(_tied_forward, _tied_backward)
+
+
 def init(config: ModelConfig, key: Array) -> dict[str, Any]:
     """Random float32 parameters: normal(init_scale) embedding, 1/sqrt(fan_in) matrices, unit norms, zero biases.
 
@@ -333,6 +358,7 @@ def apply(
     dropout_key: Array | None = None,
     layout: Layout | None = None,
     rows: Int[Array, " batch"] | None = None,
+    embedded: Float[Array, "batch time d_model"] | None = None,
 ) -> tuple[Float[Array, "batch time d_model"], Cache | None]:
     """Runs the decoder.
 
@@ -349,6 +375,7 @@ def apply(
       layout: where activations lie in a program over a mesh; None in a program of one device.
       rows: with a cache, the slot that each row of the batch belongs to; a row beyond the slots is padding. None: row i is
         slot i, for all slots.
+      embedded: the tokens' rows of the embedding, where the caller has looked them up (`tied`); without a cache only.
 
     Returns:
       Hidden states after the final norm in `config.compute_dtype`, and the cache with the new tokens appended (None if
@@ -369,7 +396,7 @@ def apply(
         ahead = places[:, None] - places if any(config.windows) else None
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     module, variables = _Decoder(config, layout, dropout_key is None), {"params": merge(trainable, frozen)}
-    hidden = cast(Any, module.apply(variables, tokens, _Where(positions, segments, mask, ahead), rngs=rngs))
+    hidden = cast(Any, module.apply(variables, tokens, _Where(positions, segments, mask, ahead), embedded, rngs=rngs))
     return hidden, None
 
 
