@@ -142,11 +142,16 @@ def _header(summary: Mapping[str, Any]) -> str:
         ("seeds", ", ".join(map(str, summary["seeds"]))),
     ]
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
-    names = [Path(model["directory"]).name if model else "its own data" for model in (teacher, student)]
+    names = [_called(Path(model["directory"])) if model else "its own data" for model in (teacher, student)]
     return (
         f'<header><p class="kicker">Distillation</p><h1>{escape(names[1])} from {escape(names[0])}</h1>'
         f'<p class="answer">{escape(answer(summary))}</p><dl class="tiles">{cells}</dl></header>'
     )
+
+
+def _called(directory: Path) -> str:
+    """What a model's directory is called; those of a run all end in `params`."""
+    return directory.parent.name if directory.name == "params" else directory.name
 
 
 def answer(summary: Mapping[str, Any]) -> str:
