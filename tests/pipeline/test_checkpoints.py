@@ -113,7 +113,7 @@ def logits(model: Any) -> np.ndarray:
         return model(torch.arange(5, 25)[None]).logits.numpy()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_adapters_are_the_only_thing_that_a_run_with_lora_trains(cache: Path, unbroken: Path, tmp_path: Path) -> None:
     """On a mesh of 2 x 2 fake devices."""
     flags = ["--config.teacher.lora", "--config.student.lora", "--config.teacher.adapter.rank=2"]

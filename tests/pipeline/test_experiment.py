@@ -76,6 +76,7 @@ def test_a_finished_run_prints_its_table_again_and_changes_nothing(unbroken: Pat
     assert before == {path: path.stat().st_mtime_ns for path in (unbroken / "seed=0").rglob("*") if path.is_file()}
 
 
+@pytest.mark.soak
 def test_kill_9_in_any_stage_and_the_same_command_ends_with_the_same_tables(
     unbroken: Path, cache: Path, tmp_path: Path
 ) -> None:
