@@ -105,7 +105,7 @@ def test_the_dense_loss_is_the_mean_divergence_of_the_loss_tokens(recipe: Recipe
 def test_trl_takes_the_same_steps_with_its_own_loss(recipe: Recipe, ours: list[Outcome]) -> None:
     if importlib.util.find_spec("trl") is None:  # it is no part of what CI installs: its absence must be told
         with pytest.raises(PeerAbsent, match="parity"):
-            distill_torch.TorchStep("trl", recipe)
+            distill_torch.require("trl")
         return
     side = distill_torch.TorchStep("trl", recipe)
     for number, (mine, other) in enumerate(zip(ours, steps(side), strict=True)):
