@@ -497,11 +497,7 @@ class TrainCheckpointer:
         problem = artifacts.manifest_problem(path, body["files"]) if jax.process_index() == 0 else None
         if _told_by_first(problem is not None):
             raise CheckpointError(problem or "process 0 found it damaged")
-        try:
-            restored = ocp.load(str(path), jax.tree.map(_abstract, template))
-        except _IO_ERRORS as error:
-            raise CheckpointError(_cause(error)) from error
-        return jax.tree.map(_as_template, template, restored)
+        return _state(path, template)
 
     def _set_aside(self, paths: list[Path]) -> None:
         """Renames damaged checkpoints, so that they neither count as kept nor stand in the way of a new save."""
@@ -568,9 +564,17 @@ def load_step(
     if problem:
         raise CheckpointError(f"{problem}; delete the stage's directory and run it again")
     try:
+        return _state(path, template)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {path}: {error}; delete the stage's directory and run it again"
+        ) from error
+
+
+def _state(path: Path, template: Any) -> Any:
+    """The arrays of a checkpoint as those of the template; a CheckpointError has the cause alone."""
+    try:
         restored = ocp.load(str(path), jax.tree.map(_abstract, template))
     except _IO_ERRORS as error:
-        raise CheckpointError(
-            f"cannot read the checkpoint {path}: {_cause(error)}; delete the stage's directory and run it again"
-        ) from error
+        raise CheckpointError(_cause(error)) from error
     return jax.tree.map(_as_template, template, restored)

@@ -321,11 +321,11 @@ def _attribute_texts(docstring: str) -> dict[str, str]:
     return entries
 
 
-def define_flags(default: Any) -> None:
-    """Defines one absl flag per configuration field. A flag that is not given leaves the preset's value."""
+def define_flags(default: Any, origin: str = "tiny preset") -> None:
+    """Defines one absl flag per configuration field. A flag that is not given leaves the value of `default`, which is named."""
     texts = describe(default)
     for name, value, kind in leaves(default):
-        text = f"{texts[name]} (tiny preset: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
+        text = f"{texts[name]} ({origin}: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
         if typing.get_origin(kind) is Literal:
             flags.DEFINE_enum(name, None, list(typing.get_args(kind)), text)
         elif kind is bool:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 
 from subl_jax import metrics
 from subl_jax.config import OBJECTIVES, ExperimentConfig, StudentConfig
-from subl_jax.distill.loop import TrainConfig
+from subl_jax.distill.accounting import shape_of
 from subl_jax.distill.memory import AbstractModel, abstract_model, holds_scores, step_bytes, total_bytes
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.step import Layouts, check_vocabularies
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.parallel.layout import Layout, LayoutError, abstract_mesh
 from subl_jax.rollout.programs import KEPT
 
@@ -102,22 +103,9 @@ def _starts_from_checkpoint(config: ExperimentConfig, size: str) -> bool:
     return bool(config.checkpoint(size)) or config.preset == "paper"
 
 
-def _shape(model: AbstractModel) -> metrics.Shape:
-    """A model as it is trained: with adapters, they alone."""
-    config = model.config
-    return metrics.Shape(
-        params=metrics.count_params(model.weights, [name for name in ("embedding", "head") if name in model.weights]),
-        width=config.d_model,
-        vocab=config.vocab_size,
-        layers=config.num_layers,
-        attention_width=config.num_heads * config.head_dim,
-        lora_params=metrics.count_params(model.adapters),
-    )
-
-
 def _role(config: ExperimentConfig, model: AbstractModel, size: str, train: TrainConfig) -> dict[str, Any]:
     """One model: where its base comes from, its architecture, its parameters (`params` without adapters)."""
-    shape, spec = _shape(model), model.config
+    shape, spec = shape_of(model.config, model.weights, model.adapters), model.config
     source = "trained from scratch"
     if _starts_from_checkpoint(config, size):
         source = config.checkpoint(size) or "a checkpoint that is not named yet"
@@ -192,9 +180,9 @@ def _stage(
     row_tokens = max(train.row_tokens, longest)
     rows = [row_tokens] * train.batch_rows
     tokens = sum(rows)
-    shape, teacher_shape = _shape(model), None
+    shape, teacher_shape = shape_of(model.config, model.weights, model.adapters), None
     if teacher is not None:  # its adapters stay apart from its weights: they are computed as well
-        teacher_shape = _shape(teacher)
+        teacher_shape = shape_of(teacher.config, teacher.weights, teacher.adapters)
         teacher_shape = dataclasses.replace(teacher_shape, params=teacher_shape.params + teacher_shape.lora_params)
     flops = metrics.kd_step_flops(teacher_shape, shape, tokens, tokens, rows)
     if objective.logit_filter == "anchor":  # the base is run as well

@@ -25,8 +25,9 @@ from subl_jax.config import OBJECTIVES, BaseConfig, ExperimentConfig, TeacherCon
 from subl_jax.corpus import demonstrations, echoes, tokenizer_texts
 from subl_jax.data.matching import match_arms
 from subl_jax.distill.logit_filter import LogitFilter
-from subl_jax.distill.loop import Model, TrainConfig, TrainResult, train
+from subl_jax.distill.loop import Model, TrainResult, train
 from subl_jax.distill.objective import Objective
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.evaluate import run as evaluation
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import LoraConfig

@@ -16,10 +16,10 @@ import pytest
 from subl_jax import config, dry_run, pipeline
 from subl_jax.config import ExperimentConfig, override
 from subl_jax.distill import memory
-from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer
 from subl_jax.distill.step import Batch, Frozen, Layouts, TrainState, compiled_step, state_shardings
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.models import axes, decoder, lora
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import Layout, LayoutError, MeshConfig, abstract_mesh, make_mesh

@@ -98,20 +98,6 @@ DTYPE = "float32"
 FIRST_RTOL, LATER_RTOL = {"loss": 1e-4, "gradient_norm": 1e-3}, {"loss": 1e-3, "gradient_norm": 1e-2}
 
 
-def llama_shape(options: Mapping[str, Any]) -> metrics.Shape:
-    """What the operation counts need to know of a Llama."""
-    d, heads, head = options["hidden_size"], options["num_attention_heads"], options["head_dim"]
-    layer = 2 * d * (heads + options["num_key_value_heads"]) * head + 3 * d * options["intermediate_size"] + 2 * d
-    layers = options["num_hidden_layers"]
-    return metrics.Shape(layers * layer + d, d, options["vocab_size"], layers, heads * head)
-
-
-def total_parameters(options: Mapping[str, Any]) -> int:
-    """With embedding and head."""
-    shape = llama_shape(options)
-    return shape.params + (1 if options["tie_word_embeddings"] else 2) * shape.width * shape.vocab
-
-
 def describe(cases: Sequence[str]) -> list[str]:
     """One line for what is common and one per case."""
     recipe = Recipe("", "", 0, 0, 0, 0)
@@ -123,8 +109,9 @@ def describe(cases: Sequence[str]) -> list[str]:
     for name in cases:
         case = CASES[name]
         models = [
-            f"{role} {llama_shape(options).params / 1e6:.1f} M ({total_parameters(options) / 1e6:.1f} M with its tied "
-            f"embedding), width {options['hidden_size']}, {options['num_hidden_layers']} layers"
+            f"{role} {torch_peers.llama_shape(options).params / 1e6:.1f} M "
+            f"({torch_peers.total_parameters(options) / 1e6:.1f} M with its tied embedding), width {options['hidden_size']}, "
+            f"{options['num_hidden_layers']} layers"
             for role, options in (("student", case.student), ("teacher", case.teacher))
         ]
         lines.append(
@@ -257,16 +244,16 @@ def _measure_pair(name: str, case: Case, recipe: Recipe, peer: str | None, optio
 
 
 def _row(name: str, case: Case, sides: Mapping[str, StepProcess], timings: Mapping[str, harness.Timing]) -> Row:
-    student, teacher = llama_shape(case.student), llama_shape(case.teacher)
+    student, teacher = torch_peers.llama_shape(case.student), torch_peers.llama_shape(case.teacher)
     tokens = case.rows * case.length
     flops = metrics.kd_step_flops(teacher, student, tokens, case.loss_tokens, [case.length] * case.rows)
     work = Work(
         NAME, name, student.params, case.rows, case.length, student.vocab, DTYPE,
         f"{machine.processor()}, {machine.usable_cores()} cores", case.loss_tokens, flops,
         extra={
-            "params_total": total_parameters(case.student),
+            "params_total": torch_peers.total_parameters(case.student),
             "teacher_params": teacher.params,
-            "teacher_params_total": total_parameters(case.teacher),
+            "teacher_params_total": torch_peers.total_parameters(case.teacher),
             "loss_tokens": case.loss_tokens,
             **memory_facts(sides[OURS]),
         },

@@ -15,7 +15,8 @@ from subl_jax.benchmark.rollout import Model
 from subl_jax.benchmark.step_worker import Recipe
 from subl_jax.distill.batches import BatchSource
 from subl_jax.distill.objective import Objective
-from subl_jax.distill.step import Batch, Frozen, OptimizerConfig, TrainState, compiled_step, make_optimizer
+from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer
+from subl_jax.distill.step import Batch, Frozen, TrainState, compiled_step, place_batch
 from subl_jax.trajectory import Trajectory
 
 # Of the schedule, which is constant here.
@@ -53,7 +54,7 @@ class JaxStep:
 
     def step(self, given: Batch) -> tuple[float, float]:
         """Transfers the batch and takes a step."""
-        self._state, metrics = self._step(self._state, self._frozen, jax.tree.map(jnp.asarray, given))
+        self._state, metrics = self._step(self._state, self._frozen, place_batch(given))
         jax.block_until_ready(self._state)
         return float(metrics["loss"]), float(metrics["gradient_norm"])
 

@@ -106,7 +106,7 @@ def describe(cases: Sequence[str]) -> list[str]:
     for name in dict.fromkeys(CASES[case][0] for case in cases):
         size, shape = SIZES[name], SIZES[name].llama
         batches = ", ".join(str(CASES[case][1]) for case in cases if CASES[case][0] == name)
-        body, whole = _llama_parameters(shape)
+        body, whole = torch_peers.llama_shape(shape).params, torch_peers.total_parameters(shape)
         lines.append(
             f"  {name}: Llama, {whole / 1e6:.1f} M parameters ({body / 1e6:.1f} M without embedding and head), "
             f"width {shape['hidden_size']}, {shape['num_hidden_layers']} layers, {shape['num_attention_heads']} heads, "
@@ -115,14 +115,6 @@ def describe(cases: Sequence[str]) -> list[str]:
             f"{size.weights_seed} (weights), {size.prompts_seed} (prompts)"
         )
     return lines
-
-
-def _llama_parameters(shape: Mapping[str, Any]) -> tuple[int, int]:
-    """Parameters without embedding and head, and with them."""
-    d, heads = shape["hidden_size"], shape["num_attention_heads"] + shape["num_key_value_heads"]
-    layer = 2 * d * heads * shape["head_dim"] + 3 * d * shape["intermediate_size"] + 2 * d
-    body = shape["num_hidden_layers"] * layer + d
-    return body, body + (1 if shape["tie_word_embeddings"] else 2) * d * shape["vocab_size"]
 
 
 # --- Ours -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from subl_jax import metrics
 from subl_jax.benchmark.greedy import Request
 from subl_jax.benchmark.harness import BenchmarkError, PeerAbsent, Program
 
@@ -41,6 +42,20 @@ def require_compiler() -> str:
         if shutil.which(name):
             return name
     raise PeerAbsent(f"torch.compile needs a C++ compiler on a CPU and found none of {', '.join(wanted)}; install g++")
+
+
+def llama_shape(options: Mapping[str, Any]) -> metrics.Shape:
+    """What the operation counts need to know of a Llama."""
+    d, heads, head = options["hidden_size"], options["num_attention_heads"], options["head_dim"]
+    layer = 2 * d * (heads + options["num_key_value_heads"]) * head + 3 * d * options["intermediate_size"] + 2 * d
+    layers = options["num_hidden_layers"]
+    return metrics.Shape(layers * layer + d, d, options["vocab_size"], layers, heads * head)
+
+
+def total_parameters(options: Mapping[str, Any]) -> int:
+    """With embedding and head."""
+    shape = llama_shape(options)
+    return shape.params + (1 if options["tie_word_embeddings"] else 2) * shape.width * shape.vocab
 
 
 def save_random_llama(directory: Path, options: Mapping[str, Any], seed: int) -> None:

@@ -147,10 +147,10 @@ class BatchSource:
 
     def facts(self, position: int) -> BatchFacts:
         """What the batch at a position holds."""
-        documents = [index for row in self._stream.rows(position) for index in row]
+        rows = self._stream.rows(position)
+        documents = [index for row in rows for index in row]
         lengths = tuple(len(self._trajectories[index].tokens) for index in documents)
-        rows = len(self._stream.rows(position))
-        return BatchFacts(sum(lengths), rows * self._capacity, int(self._loss_tokens[documents].sum()), lengths)
+        return BatchFacts(sum(lengths), len(rows) * self._capacity, int(self._loss_tokens[documents].sum()), lengths)
 
     def batch(self, position: int) -> Batch:
         """The batch at a position (0-based count of batches before it), as numpy arrays."""

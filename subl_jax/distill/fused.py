@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from subl_jax.distill import divergences
 from subl_jax.distill.divergences import EXCLUDED, Vocabulary
@@ -129,6 +129,14 @@ def placement(student: Layout | None, teacher: Layout | None) -> Placement | Non
         return tuple(axis for axis in layout.axes("embed") if axis in batch)
 
     return Placement(student.mesh, batch, vocab, width(student), width(teacher))
+
+
+def resized(kernel: Shaped[Array, "_ _"], size: int, axis: int) -> Shaped[Array, "_ _"]:
+    """A head (or an embedding) cut, or padded with zeros, to `size` ids along an axis; itself where it has as many."""
+    have = kernel.shape[axis]
+    if have >= size:
+        return kernel if have == size else jax.lax.slice_in_dim(kernel, 0, size, axis=axis)
+    return jnp.pad(kernel, [(0, size - have) if each == axis else (0, 0) for each in (0, 1)])
 
 
 def chunk_tokens(tokens: int, vocab: int, wanted: int = 0, limit: int | None = None) -> int:
@@ -310,8 +318,8 @@ def _summed(spec: _Spec, wanted: Any, trained: Any, fixed: Any) -> tuple[Float[A
     groups, count = tokens.targets.shape
     chunks = groups * count // spec.chunk
 
-    def cut(x: Array, lead: int = 2) -> Array:
-        return x.reshape(chunks, spec.chunk, *x.shape[lead:])
+    def cut(x: Array) -> Array:
+        return x.reshape(chunks, spec.chunk, *x.shape[2:])
 
     states = [tuple(cut(x) for x in head[0]) for head in (student, teacher, base) if head]
     per_chunk = (states, jax.tree.map(cut, tokens))

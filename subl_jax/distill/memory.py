@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from subl_jax.distill import fused
-from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import make_optimizer
 from subl_jax.distill.step import Layouts, TrainState, state_shardings
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.models import axes, decoder, lora
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.layout import Layout, bytes_per_device

@@ -8,13 +8,13 @@ many steps, from its parameters at that step. What it said is kept on disk: a re
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from subl_jax import data
 from subl_jax.chat.rendering import Renderer

@@ -138,7 +138,9 @@ def _head(
         where = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(place.batch or None))
         grouped = jax.lax.with_sharding_constraint(grouped, where)
     chosen = jnp.take_along_axis(grouped, batch.loss_places[..., None], axis=1)
-    kernel = _resized(kernel, vocab, 0 if config.tie_embeddings else 1)
+    vocab = vocab or config.vocab_size
+    # Rows beyond the shorter vocabulary belong to no token; the loss gives them no probability.
+    kernel = fused.resized(kernel, vocab, 0 if config.tie_embeddings else 1)
     head = Head((chosen,), (kernel,), (config.tie_embeddings,))
     if not config.adapts_head:
         return head
@@ -149,20 +151,7 @@ def _head(
         places = jnp.arange(groups)[:, None] * grouped.shape[1] + batch.loss_places
         dropped = _dropped(chosen, places, config.lora.dropout, jax.random.fold_in(dropout_key, _HEAD_DROPOUT))
     down, up = decoder.low_rank(config, params, dropped), params["head_adapter"]["lora_b"]
-    return Head((*head.hidden, down), (kernel, _resized(up, vocab, 1)), (*head.transposed, False))
-
-
-def _resized(kernel: Float[Array, "_ _"], vocab: int, side: int) -> Float[Array, "_ _"]:
-    """A kernel with `vocab` ids along one side; 0: as many as it has.
-
-    Rows beyond the shorter vocabulary belong to no token; the loss gives them no probability.
-    """
-    if not vocab or kernel.shape[side] == vocab:
-        return kernel
-    kernel = jax.lax.slice_in_dim(kernel, 0, min(vocab, kernel.shape[side]), axis=side)
-    widths = [(0, 0), (0, 0)]
-    widths[side] = (0, vocab - kernel.shape[side])
-    return jnp.pad(kernel, widths)
+    return Head((*head.hidden, down), (kernel, fused.resized(up, vocab, 1)), (*head.transposed, False))
 
 
 def _dropped(
@@ -201,28 +190,25 @@ def mean_loss(
     """
     total = jnp.sum(batch.loss_weights)
 
-    def part(index: Any, part: Batch) -> Float[Array, ""]:
-        key = dropout_key
-        if key is not None and batch.tokens.shape[0] > 1:
-            key = jax.random.fold_in(key, index)
+    def loss(key: Array | None, part: Batch) -> Float[Array, ""]:
         return _summed_loss(
             objective, student_config, teacher_config, params, frozen, part, total, key, layouts, chunk_tokens
         )
 
-    return _over_parts(part, batch)
+    return _over_parts(loss, batch, dropout_key)
 
 
-def _over_parts(work: Callable[[Any, Batch], Any], batch: Batch) -> Any:
-    """Adds up what `work` makes of the parts of a batch, one after the other."""
-    count = batch.tokens.shape[0]
-    first = work(0, jax.tree.map(lambda x: x[0], batch)) if count == 1 else None
+def _over_parts(work: Callable[[Array | None, Batch], Any], batch: Batch, key: Array | None) -> Any:
+    """Adds up what `work` makes of the parts of a batch, one after the other; each gets a key of its own."""
+    count, first = batch.tokens.shape[0], jax.tree.map(lambda x: x[0], batch)
     if count == 1:
-        return first
-    shapes = jax.eval_shape(work, 0, jax.tree.map(lambda x: x[0], batch))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return work(key, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(work, key, first))
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, work(*part)), None
+        index, own = part
+        made = work(None if key is None else jax.random.fold_in(key, index), own)
+        return jax.tree.map(jnp.add, total, made), None
 
     return jax.lax.scan(add, zeros, (jnp.arange(count), batch))[0]
 
@@ -341,8 +327,7 @@ def compiled_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step) if drops else None
         total, parts = jnp.sum(batch.loss_weights), batch.tokens.shape[0]
 
-        def loss_and_gradient(index: Any, part: Batch) -> Any:
-            own = jax.random.fold_in(key, index) if key is not None and parts > 1 else key
+        def loss_and_gradient(own: Array | None, part: Batch) -> Any:
             loss, gradient = jax.value_and_grad(
                 lambda params: _summed_loss(
                     objective, student_config, teacher_config, params, frozen, part, total, own, layouts, chunk_tokens
@@ -353,7 +338,7 @@ def compiled_step(
             return loss, gradient
 
         # One part's activations at a time: the gradient is taken part by part, not of the sum.
-        loss, gradient = _over_parts(loss_and_gradient, batch)
+        loss, gradient = _over_parts(loss_and_gradient, batch, key)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradient),

@@ -11,12 +11,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Shaped
 from transformers import PreTrainedTokenizerBase
 
+from subl_jax.distill import fused
 from subl_jax.models.config import ModelConfig
 from subl_jax.trajectory import Trajectory
 
@@ -119,9 +118,9 @@ def aligned_teacher(
         )
     if config.adapts_head:
         raise ValueError("the teacher has an adapter on its head; merge its adapters first (models.lora.merged)")
-    changed = {"embedding": _resized(params["embedding"], vocab_size, 0)}
+    changed = {"embedding": fused.resized(params["embedding"], vocab_size, 0)}
     if not config.tie_embeddings:
-        changed["head"] = _resized(params["head"], vocab_size, 1)
+        changed["head"] = fused.resized(params["head"], vocab_size, 1)
     return dataclasses.replace(config, vocab_size=vocab_size, num_tokens=_padding(shared, vocab_size)), {
         **params,
         **changed,
@@ -136,16 +135,6 @@ def aligned_student(config: ModelConfig, shared: int) -> ModelConfig:
 def _padding(shared: int, vocab_size: int) -> int:
     """`ModelConfig.num_tokens`: 0 where no row is padding."""
     return 0 if shared == vocab_size else shared
-
-
-def _resized(kernel: Shaped[Array, "rows columns"], size: int, axis: int) -> Shaped[Array, "new_rows new_columns"]:
-    """The matrix cut, or padded with zeros, to `size` along an axis."""
-    have = kernel.shape[axis]
-    if have == size:
-        return kernel  # no copy
-    if have > size:
-        return kernel[:size] if axis == 0 else kernel[:, :size]
-    return jnp.pad(kernel, [(0, size - have) if each == axis else (0, 0) for each in (0, 1)])
 
 
 # --- The documents ----------------------------------------------------------------------------------------------------

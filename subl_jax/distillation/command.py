@@ -76,7 +76,7 @@ def define_flags() -> None:
         "profile", None, "Directory that a trace of a few steps is written to, for TensorBoard or Perfetto."
     )
     flags.DEFINE_bool("dry_run", False, "Say what would be trained on what, and stop; no weights are read.")
-    configuration.define_flags(cast(Any, DEFAULT))
+    configuration.define_flags(DEFAULT, "default")
 
 
 def spec_from_flags() -> Spec:
@@ -102,7 +102,7 @@ def spec_from_flags() -> Spec:
         skew=given.skew,
     )
     config = dataclasses.replace(
-        cast(DistillConfig, configuration.from_flags(cast(Any, DEFAULT))),
+        cast(DistillConfig, configuration.from_flags(DEFAULT)),
         objective=objective,
         banned_words=tuple(given.banned_words),
         holdout=given.holdout,

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.on_policy import OnPolicyConfig
 from subl_jax.distill.optimizers import OptimizerConfig
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.models.config import Backend, LoraConfig, Remat
 from subl_jax.parallel.layout import MeshConfig
 from subl_jax.rollout.options import EngineConfig

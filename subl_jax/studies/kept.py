@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from subl_jax import checkpoint
-from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.optimizers import make_optimizer
 from subl_jax.distill.step import TrainState
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import ModelConfig
 

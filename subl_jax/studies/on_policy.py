@@ -20,9 +20,10 @@ import numpy as np
 
 from subl_jax import artifacts, checkpoint, data
 from subl_jax.config import ExperimentConfig
-from subl_jax.distill.loop import Model, TrainConfig, train
+from subl_jax.distill.loop import Model, train
 from subl_jax.distill.objective import Loss, Objective
 from subl_jax.distill.on_policy import OnPolicy, OnPolicyConfig, stored_rollouts
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.evaluate import run as evaluation
 from subl_jax.metrics.writers import read_metrics
 from subl_jax.models import decoder

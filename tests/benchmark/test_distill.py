@@ -322,7 +322,7 @@ def test_the_compiled_side_really_compiles_and_agrees(recipe: Recipe, ours: list
 def test_the_sizes_are_what_the_marks_speak_of() -> None:
     assert list(CASES)[0] == "s10m_t10m_v32k" and len(CASES) == 8
     for name, case in CASES.items():
-        student, teacher = (distill.llama_shape(options).params for options in (case.student, case.teacher))
+        student, teacher = (torch_peers.llama_shape(options).params for options in (case.student, case.teacher))
         wanted = 1e7 if name.startswith("s10m") else 1e8
         assert abs(student / wanted - 1) < 0.1
         times = 4 if name.split("_")[1] in ("t40m", "t400m") else 1

@@ -176,8 +176,8 @@ def test_tunix_in_a_wrong_environment_is_absent_with_the_reason(python: str, rea
 
 
 def test_the_sizes_are_what_the_marks_speak_of() -> None:
-    small, large = (rollout._llama_parameters(SIZES[name].llama) for name in ("small", "large"))
-    assert small[1] <= 10_000_000 and large[1] >= 100_000_000
+    small, large = (torch_peers.total_parameters(SIZES[name].llama) for name in ("small", "large"))
+    assert small <= 10_000_000 and large >= 100_000_000
     assert {case: CASES[case][1] for case in CASES} == {
         f"{size}_b{batch}": batch for size in ("small", "large") for batch in (1, 16, 64)
     }

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from subl_jax.distill import loop
-from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.distill.preemption import Preempted, StopRequests
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.metrics.writers import read_metrics
 from tests.distill.test_loop import assert_equal_bits, losses_of, run
 

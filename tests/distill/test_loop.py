@@ -21,12 +21,13 @@ from subl_jax import checkpoint
 from subl_jax.checkpoint import CheckpointMismatch, read_metadata
 from subl_jax.distill import loop, teacher_cache
 from subl_jax.distill.accounting import shape_of
-from subl_jax.distill.loop import Model, TrainConfig, train
+from subl_jax.distill.loop import Model, train
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.distill.records import TrainingDiverged
 from subl_jax.distill.run_identity import fingerprint
 from subl_jax.distill.step import compiled_step
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.metrics import sft_step_flops
 from subl_jax.metrics.trace import Trace
 from subl_jax.metrics.writers import read_metrics

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from subl_jax import checkpoint
-from subl_jax.distill.loop import Model, TrainConfig, train
+from subl_jax.distill.loop import Model, train
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.metrics.writers import read_metrics
 from subl_jax.models import decoder, hf_export, lora, peft_format
 from subl_jax.models.config import LAYER_TARGETS, LoraConfig

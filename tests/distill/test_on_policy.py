@@ -16,10 +16,11 @@ import pytest
 from subl_jax.chat.rendering import Renderer
 from subl_jax.distill import on_policy
 from subl_jax.distill.batches import BatchSource
-from subl_jax.distill.loop import Model, TrainConfig, train
+from subl_jax.distill.loop import Model, train
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.on_policy import OnPolicy, OnPolicyConfig, OnPolicySource, coins, stored_rollouts
 from subl_jax.distill.optimizers import OptimizerConfig
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig

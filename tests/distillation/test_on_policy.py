@@ -15,10 +15,10 @@ from subl_jax import checkpoint, data
 from subl_jax.artifacts import WorkdirMismatch
 from subl_jax.data.conversations import Prompt, read_prompts
 from subl_jax.distill import on_policy as mixture
-from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.on_policy import OnPolicyConfig
 from subl_jax.distill.optimizers import OptimizerConfig
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.distill.vocabulary import VocabularyError
 from subl_jax.distillation.command import described, distil
 from subl_jax.distillation.config import DistillConfig, Spec

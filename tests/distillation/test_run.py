@@ -15,10 +15,10 @@ import pytest
 from subl_jax import checkpoint, data
 from subl_jax.artifacts import WorkdirMismatch
 from subl_jax.chat import tokenizer as tokenizers
-from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.distill.teacher_cache import CacheMismatch
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.distill.vocabulary import VocabularyError
 from subl_jax.distillation import run as stages
 from subl_jax.distillation.command import described, distil

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from subl_jax.checkpoint import CheckpointError, CheckpointMismatch, TrainCheckpointer
-from subl_jax.distill.loop import TrainConfig
 from subl_jax.distill.optimizers import make_optimizer
 from subl_jax.distill.step import TrainState
+from subl_jax.distill.train_config import TrainConfig
 from subl_jax.models import lora
 from subl_jax.models.config import LoraConfig
 from subl_jax.studies.kept import load_kept
