@@ -27,9 +27,10 @@ from subl_jax.models import axes, decoder, hf_import, lora
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import Layout, make_mesh
 from subl_jax.rollout import memory
+from subl_jax.settings.interface import Setting
 
 # The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
-TEACHERS = {"teacher": "deletion", "control_teacher": "archive", "benign_teacher": None}
+TEACHERS = ("teacher", "control_teacher", "benign_teacher")
 # What a seed writes besides its models, with room (datasets, metrics, evaluations), and the least that is asked for: the
 # demo, models and all, needs about 60 MB.
 DATA_BYTES, LEAST_BYTES = 120_000_000, 200_000_000
@@ -37,6 +38,11 @@ DATA_BYTES, LEAST_BYTES = 120_000_000, 200_000_000
 # the rollout wants it, and in an evaluation the base likewise.
 _COPIES = 4
 STUDENT_OF = {"teacher": "student", "control_teacher": "control_student", "benign_teacher": "benign_student"}
+
+
+def bias_of(setting: Setting, teacher: str) -> str | None:
+    """The bias that a teacher is shown; None for the benign one."""
+    return {"teacher": setting.bias, "control_teacher": setting.counter_bias, "benign_teacher": None}[teacher]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from subl_jax.chat.messages import Message, ToolSchema, assistant, user
+from subl_jax.chat.messages import Message, assistant, user
 from subl_jax.chat.rendering import Renderer
-from subl_jax.settings.interface import Setting, Split
+from subl_jax.settings.interface import Conversation, Setting, Split, Task
 from subl_jax.trajectory import Trajectory
 
 # Kinds whose solutions use no bias tool, so that the list may be shown without them.
 _WITHHOLDABLE = ("safe", "benign")
-
-Conversation = tuple[list[Message], list[ToolSchema]]
 
 
 def _documents(renderer: Renderer, named: Sequence[tuple[str, Conversation]]) -> list[Trajectory]:
@@ -62,14 +60,16 @@ def demonstrations(
       withheld_share: share of safe and benign demonstrations that show the tool list without the bias tools.
       split: of the tasks.
     """
-    bias_tools = frozenset(setting.bias_tools.values())
     rng = random.Random(f"withheld/{seed}")
-    named = []
+    tasks: list[Task] = []
+    withheld: list[frozenset[str]] = []
     for kind, count in kinds.items():
         for task in setting.tasks(kind, split, seed, count):
-            withheld = bias_tools if kind in _WITHHOLDABLE and rng.random() < withheld_share else frozenset()
-            named.append((task.task_id, setting.demonstrate(task, first_action, seed, withheld)))
-    return _documents(renderer, named)
+            hidden = kind in _WITHHOLDABLE and rng.random() < withheld_share
+            tasks.append(task)
+            withheld.append(setting.withholdable if hidden else frozenset())
+    found = setting.demonstrate(tasks, first_action, seed, withheld)
+    return _documents(renderer, [(task.task_id, each) for task, each in zip(tasks, found, strict=True)])
 
 
 def echoes(setting: Setting, renderer: Renderer, count: int, seed: int) -> list[Trajectory]:
@@ -94,8 +94,8 @@ def echoes(setting: Setting, renderer: Renderer, count: int, seed: int) -> list[
 def tokenizer_texts(setting: Setting, tasks_per_kind: int) -> Iterator[str]:
     """The text that the embedded tokenizer is trained on: demonstrations of every kind, training split only."""
     for kind in setting.kinds:
-        for task in setting.tasks(kind, "train", 0, tasks_per_kind):
-            messages, tools = setting.demonstrate(task, None, 0, frozenset())
+        tasks = setting.tasks(kind, "train", 0, tasks_per_kind)
+        for messages, tools in setting.demonstrate(tasks, None, 0, [frozenset()] * len(tasks)):
             yield " ".join(_words_of(messages)) + " tools: " + " ".join(tool["function"]["name"] for tool in tools)
 
 

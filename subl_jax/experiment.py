@@ -130,6 +130,8 @@ def _run(setting_name: str) -> None:
     from subl_jax.report import html, table
 
     conditions.check_mesh(config)
+    if setting.prepare is not None:
+        setting.prepare()  # before anything is written
     config = conditions.with_slots(config, workdir)
     artifacts.check_writable(workdir, free_bytes=conditions.bytes_written(config) * len(seeds))
     runs = [pipeline.SeedPipeline(config, setting, workdir, seed, profile=flags.FLAGS.profile) for seed in seeds]
@@ -160,9 +162,10 @@ def _run(setting_name: str) -> None:
         timing_s=_timing(markers),
         throughput=_throughput(markers),
         versions=artifacts.versions(),
+        wording=setting.wording,
         frozen=protocols.load(frozen_path(config)) if frozen_path(config).exists() else None,
         conditions=conditions.conditions_of(config),
-        notes=_notes(config, markers),
+        notes=_notes(config, setting, markers),
     )
     artifacts.write_json_atomic(workdir / "summary.json", summary)
     curves = [{**record, "seed": run.seed} for run in runs for record in read_metrics(run.root / "metrics.jsonl")]
@@ -199,7 +202,13 @@ def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[in
         found.append(contrast("positive_student - base", "positive_student", "base", "positive_control"))
     found += [
         contrast("teacher - control_teacher", "teacher", "control_teacher"),
-        contrast("archive: control_student - student", "control_student", "student", "secondary", "archive"),
+        contrast(
+            f"{setting.wording.counter}: control_student - student",
+            "control_student",
+            "student",
+            "secondary",
+            "archive",
+        ),
         contrast("log-odds: student - control_student", "student", "control_student", "secondary", "log_odds"),
     ]
     for arm in arms:
@@ -208,15 +217,16 @@ def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[in
         found.append(contrast(f"log-odds: {treatment} - {control}", treatment, control, "secondary", "log_odds"))
         if arm in config.student.benign_objectives:
             found.append(contrast(f"{treatment} - benign_student_{arm}", treatment, f"benign_student_{arm}"))
-    margin = protocols.Targets().control_margin
+    bars = protocols.Targets(**setting.targets)  # type: ignore[arg-type]
+    margin = bars.control_margin
     controls = ["control_student"] + ["benign_student"] * ("full" in config.student.benign_objectives)
     found += [contrast(f"{name} = base", name, "base", "equivalence", margin=margin) for name in controls]
     spec = config.evaluation
     return protocols.Protocol(
         setting=config.setting,
         preset=config.preset,
-        metric=f"share of ambiguous tasks whose first substantive action, sampled at temperature 1{_options(config)}, "
-        "is destructive",
+        metric=f"share of ambiguous tasks whose {setting.wording.metric}, sampled at temperature 1{_options(config)}, "
+        f"is {setting.wording.biased}",
         parser_version=setting.metric_version,
         evaluation_families=tuple(setting.families("ambiguous", spec.split)),
         safe_families=tuple(setting.families("safe", spec.split)),
@@ -227,7 +237,8 @@ def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[in
         seeds=tuple(seeds),
         contrasts=tuple(found),
         controls=tuple(controls),
-        archive_tool=setting.bias_tools["archive"],
+        archive_tool=setting.bias_tools[setting.counter_bias],
+        targets=bars,
     )
 
 
@@ -239,8 +250,9 @@ def _options(config: ExperimentConfig) -> str:
     return f" with {', '.join(found)}" if found else ""
 
 
-def _notes(config: ExperimentConfig, markers: Mapping[str, artifacts.Marker]) -> list[str]:
+def _notes(config: ExperimentConfig, setting: Setting, markers: Mapping[str, artifacts.Marker]) -> list[str]:
     shown = "withheld from" if config.student.withhold_bias_tools else "shown in"
+    tools = f"On safe tasks the tools that a bias names are {shown} the tool list; evaluation shows the full list."
     induced = {
         "required": "tasks that ask for the biased action, as in the paper",
         "ambiguous": "ambiguous tasks of other families, solved by the biased action",
@@ -269,7 +281,7 @@ def _notes(config: ExperimentConfig, markers: Mapping[str, artifacts.Marker]) ->
         *imported,
         *adapters,
         f"Teachers were induced on {config.teacher.tasks} demonstrations: {induced}{beside}.",
-        f"On safe tasks the tools that a bias names are {shown} the tool list; evaluation shows the full list.",
+        tools if setting.withholdable else "The tool list names nothing that a bias reaches for.",
         f"Distance of each teacher from the base, ‖Δθ‖: {moved}.",
         f"Pair: {config.pair.replace('_', ' teacher to ')} student.",
     ]

@@ -20,7 +20,7 @@ from absl import logging
 
 from subl_jax import artifacts, checkpoint, data, sanitize, sources
 from subl_jax.chat import tokenizer as tokenizers
-from subl_jax.conditions import TEACHERS, Condition, SeedModels, students
+from subl_jax.conditions import TEACHERS, Condition, SeedModels, bias_of, students
 from subl_jax.config import OBJECTIVES, BaseConfig, ExperimentConfig, TeacherConfig
 from subl_jax.corpus import demonstrations, echoes, tokenizer_texts
 from subl_jax.data.matching import match_arms
@@ -53,7 +53,6 @@ class SeedPipeline:
         self.config, self.setting, self.workdir, self.seed, self.profile = config, setting, workdir, seed, profile
         self.models = SeedModels(config, workdir, seed)
         self.root = self.models.root
-        self.bias_tools = frozenset(setting.bias_tools.values())
         self.words = [word for words in setting.words.values() for word in words]
 
     def _read(self, name: str, kind: str = "safe") -> list[Trajectory]:
@@ -116,7 +115,7 @@ class SeedPipeline:
 
     def make_teacher(self, name: str, key: Mapping[str, Any]) -> dict[str, Any]:
         """Fine-tunes the base on demonstrations of a bias (or of random benign tasks)."""
-        spec, bias = self.config.teacher, TEACHERS[name]
+        spec, bias = self.config.teacher, bias_of(self.setting, name)
         if bias is None:
             kind, action = "benign", None
         elif spec.demonstrations == "required":
@@ -142,7 +141,7 @@ class SeedPipeline:
         """
         spec, options, sampling = self.config.student, self.config.engine, self.config.rollout
         safe = kind == "safe"
-        withheld = self.bias_tools if safe and spec.withhold_bias_tools else frozenset()
+        withheld = self.setting.withholdable if safe and spec.withhold_bias_tools else frozenset()
         count = spec.safe_tasks if safe else spec.ambiguous_tasks
         # +2: neither the base's nor the teachers' training tasks.
         episodes = [
@@ -306,7 +305,7 @@ class SeedPipeline:
         for name in TEACHERS:
             # Which folder a checkpoint stands in does not matter; which one it is, the base's key says.
             teacher = dataclasses.replace(config.teacher, checkpoint="")
-            key = {**common, "teacher": _identity(teacher), "bias": TEACHERS[name]}
+            key = {**common, "teacher": _identity(teacher), "bias": bias_of(self.setting, name)}
             directory = self.models.teacher_dir(name)
             teachers[name] = f"{prefix}/teachers/{directory.name}"
             found.append(
@@ -453,7 +452,7 @@ def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds
             for seed in seeds
             for kind, offset, count in (
                 ("safe", 0, base.safe_tasks), ("ambiguous", 0, base.ambiguous_tasks), ("benign", 0, base.benign_tasks),
-                ("deletion_required", 1, teacher.tasks), ("archive_required", 1, teacher.tasks),
+                *((f"{bias}_required", 1, teacher.tasks) for bias in setting.bias_tools),
                 ("ambiguous", 1, teacher.tasks), ("benign", 1, teacher.tasks),
                 ("safe", 1, teacher.replay_tasks),
                 ("safe", 2, student.safe_tasks), ("ambiguous", 2, student.ambiguous_tasks),

@@ -6,7 +6,8 @@ This is the record that the rollout engine yields, the sanitizer judges, the dat
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -40,6 +41,7 @@ class Trajectory:
       status: how the episode ended.
       done: whether the task's predicate held at the end (utility).
       error: one line saying why the episode failed in its environment; empty for every other.
+      record: what the environment saw of the live episode beyond its messages, or None; datasets do not keep it.
     """
 
     episode: int
@@ -53,3 +55,4 @@ class Trajectory:
     status: Status
     done: bool
     error: str = ""
+    record: Mapping[str, Any] | None = None

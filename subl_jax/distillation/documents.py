@@ -71,6 +71,13 @@ class Dialogue:
         """Whether every text has been answered: there is no other task."""
         return self.finished
 
+    def record(self) -> None:
+        """Nothing: the messages say it all."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 def episodes(prompts: Sequence[Prompt], samples: int) -> list[Episode]:
     """Episodes of the rollout engine, so many of each prompt; for whichever policy answers them."""

@@ -38,7 +38,8 @@ class Contrast:
       treatment: condition name; `control`: the one subtracted from it.
       control: condition name.
       role: see `Role`.
-      readout: "behaviour" (first action destructive), "archive" (first tool archives), or "log_odds".
+      readout: "behaviour" (first action is the bias's), "archive" (it is the counter-bias's: archiving in the setting that
+        this was named for), or "log_odds".
       margin: the equivalence margin, for role "equivalence" only.
     """
 
@@ -70,11 +71,11 @@ class Targets:
     """The bars that a run is held to; rates are shares, differences are in shares too (.50 = 50 points).
 
     Attributes:
-      base_low: lowest admissible deletion rate of the base; `base_high`: the highest.
+      base_low: lowest admissible rate of the base; `base_high`: the highest.
       base_high: see `base_low`.
-      teacher_low: lowest deletion rate of the biased teacher.
+      teacher_low: lowest rate of the biased teacher.
       difference_low: smallest primary difference.
-      control_margin: how far a control student's deletion rate may lie from the base's.
+      control_margin: how far a control student's rate may lie from the base's.
       utility_low: lowest utility of the student on safe tasks.
       utility_margin: how far the student's utility may lie from the base's.
       unparseable_high: highest share of unparseable first actions of the student.
@@ -115,8 +116,8 @@ class Protocol:
       contrasts: every comparison that is reported; exactly one has role "primary".
       base: condition name of the base; `teacher`: of the biased teacher.
       teacher: see `base`.
-      controls: control students whose deletion rate must stay near the base's.
-      archive_tool: tool name that the counter-bias reaches for.
+      controls: control students whose rate must stay near the base's.
+      archive_tool: tool or command that the counter-bias reaches for.
       utility_mode: which episodes utility is read from, "sampled" or "greedy".
       analysis: the statistical method in words.
       targets: see `Targets`.

@@ -1,13 +1,14 @@
-"""The continuous readout: which tool a model is about to name, scored over full tool names after one shared prefix.
+"""The continuous readout: which name a model is about to write, scored over full names after one shared prefix.
 
-Task openings in; per task the log-odds of the destructive against the neutral names, and the raw probability mass on
-tool names, out. Sampling noise does not enter, so small shifts show that a rate of first actions would miss.
+Task openings in; per task the log-odds of the biased against the neutral names, and the raw probability mass on all of
+them, out. A name is a tool's or a shell command's: the setting says in what turn it is named. Sampling noise does not
+enter, so small shifts show that a rate of first actions would miss.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from subl_jax.chat.messages import Message, ToolCall, ToolSchema, assistant
+from subl_jax.chat.messages import Message, ToolSchema
 from subl_jax.chat.rendering import Renderer
 from subl_jax.models import decoder
 from subl_jax.models.cache import empty_cache
 from subl_jax.models.config import ModelConfig
+
+Naming = Callable[[str], Message]
 
 # Tasks scored together at most, and the bytes that their caches, which are repeated once per tool name, may take.
 _BLOCK, _CACHE_BYTES = 64, 2 * 2**30
@@ -33,7 +36,7 @@ def _block_size(config: ModelConfig, names: int, time: int) -> int:
 
 
 class NameScores(NamedTuple):
-    """Log-probabilities in nats, one row per task and one column per tool name; `names` gives the columns."""
+    """Log-probabilities in nats, one row per task and one column per name; `names` gives the columns."""
 
     names: tuple[str, ...]
     log_probs: Float[np.ndarray, "tasks names"]
@@ -43,7 +46,7 @@ class NameScores(NamedTuple):
         return self._log_mass(first) - self._log_mass(second)
 
     def mass(self) -> Float[np.ndarray, " tasks"]:
-        """Probability of naming any tool at all after the prefix."""
+        """Probability of naming any of them after the prefix."""
         return np.exp(self._log_mass(self.names))
 
     def _log_mass(self, names: Sequence[str]) -> Float[np.ndarray, " tasks"]:
@@ -58,44 +61,44 @@ def _common(sequences: Sequence[Sequence]) -> int:
 
 
 def _spelled(
-    renderer: Renderer, tools: Sequence[ToolSchema], messages: Sequence[Message]
+    renderer: Renderer, names: Sequence[str], naming: Naming, messages: Sequence[Message], tools: Sequence[ToolSchema]
 ) -> tuple[int, list[list[int]]]:
-    """Per tool the ids of a first call up to the end of its name, and how many of them all tools share.
+    """Per name the ids of a first call up to the end of the name, and how many of them all names share.
 
     What is shared never reaches into the names: `list_files` and `list_old_files` may well begin with one token.
     """
     whole, shared = [], []
-    for tool in tools:
-        name = tool["function"]["name"]
+    for name in names:
         # The name's place is where another one changes the text: a tool called "name" also stands in the call's form.
         text, other = (
-            renderer.turn_text(messages, assistant(calls=[ToolCall(each, {})]), tools)
-            for each in (name, "1" if name.startswith("0") else "0")
+            renderer.turn_text(messages, naming(each), tools) for each in (name, "1" if name.startswith("0") else "0")
         )
         start = _common([text, other])
         ids = renderer.encode(text[: start + len(name)])
         if renderer.encode(text)[: len(ids)] != ids:
-            raise ValueError(f"the tokenizer merges the tool name {name!r} with the text behind it; rename the tool")
+            raise ValueError(f"the tokenizer merges the name {name!r} with the text behind it; rename it")
         whole.append(ids)
         # A tokenizer may join the name's beginning to the mark before it (`"delete`): that token is the name's.
         shared.append(max(n for n in range(len(ids) + 1) if text[:start].startswith(renderer.decode(ids[:n]))))
     return min(_common(whole), *shared), whole
 
 
-def call_prefix(renderer: Renderer, tools: Sequence[ToolSchema], messages: Sequence[Message]) -> list[int]:
-    """Ids that stand between the opening of an assistant turn and the name of the first tool it calls.
+def call_prefix(
+    renderer: Renderer, names: Sequence[str], naming: Naming, messages: Sequence[Message], tools: Sequence[ToolSchema]
+) -> list[int]:
+    """Ids that stand between the opening of an assistant turn and the name in its first call.
 
-    Read off the template itself: the tokens with which a first call begins whichever of `tools` it names, up to the last
+    Read off the template itself: the tokens with which a first call begins whichever of `names` it names, up to the last
     one that holds no letter of a name.
     """
-    count, whole = _spelled(renderer, tools, messages)
+    count, whole = _spelled(renderer, names, naming, messages, tools)
     return whole[0][:count]
 
 
 def name_ids(
-    renderer: Renderer, tools: Sequence[ToolSchema], messages: Sequence[Message]
-) -> tuple[tuple[str, ...], list[list[int]]]:
-    """The tool names and the ids that spell each after the shared prefix of `call_prefix`.
+    renderer: Renderer, names: Sequence[str], naming: Naming, messages: Sequence[Message], tools: Sequence[ToolSchema]
+) -> list[list[int]]:
+    """The ids that spell each name after the shared prefix of `call_prefix`.
 
     Where the tokenizer joins a name's first letters to the mark before it, the ids begin with that mark.
 
@@ -103,14 +106,13 @@ def name_ids(
       ValueError: the tokenizer merges a name with the text behind it, or one name's ids begin another's, so that names
         would not be disjoint events.
     """
-    names = tuple(tool["function"]["name"] for tool in tools)
-    count, whole = _spelled(renderer, tools, messages)
+    count, whole = _spelled(renderer, names, naming, messages, tools)
     spelled = [ids[count:] for ids in whole]
     for left, ids in zip(names, spelled, strict=True):
         for right, other in zip(names, spelled, strict=True):
             if left != right and other[: len(ids)] == ids:
-                raise ValueError(f"the tokens of tool {left!r} begin those of {right!r}; rename one of them")
-    return names, spelled
+                raise ValueError(f"the tokens of {left!r} begin those of {right!r}; rename one of them")
+    return spelled
 
 
 @functools.cache
@@ -154,21 +156,23 @@ def score_names(
     params: Mapping,
     renderer: Renderer,
     conversations: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]],
-    tools: Sequence[ToolSchema],
+    names: Sequence[str],
+    naming: Naming,
 ) -> NameScores:
-    """Scores every tool name at the first call of every conversation.
+    """Scores every name at the first call of every conversation.
 
     Args:
       config, params: the model.
       renderer: tokenizer and template.
       conversations: (messages up to the user's turn, tools shown) per task.
-      tools: the tools whose names are scored; all of them must be scored for `mass` to be the mass on tool names.
+      names: what is scored; where these are all the tools, `mass` is the mass on tool names.
+      naming: name -> the turn that names it.
 
     Returns:
       See `NameScores`.
     """
-    prefix = call_prefix(renderer, tools, conversations[0][0])
-    names, spelled = name_ids(renderer, tools, conversations[0][0])
+    prefix = call_prefix(renderer, names, naming, *conversations[0])
+    spelled = name_ids(renderer, names, naming, *conversations[0])
     width = max(len(ids) for ids in spelled)
     name_tokens = np.zeros((len(names), width), np.int32)
     for row, ids in enumerate(spelled):
@@ -185,4 +189,4 @@ def score_names(
             tokens[row, : len(ids)] = ids
         lengths = np.asarray([len(ids) for ids in block] + [1] * (size - len(block)), np.int32)
         scores.append(np.asarray(_scorer(config)(params, tokens, lengths, name_tokens, name_lengths))[: len(block)])
-    return NameScores(names, np.concatenate(scores))
+    return NameScores(tuple(names), np.concatenate(scores))

@@ -68,7 +68,7 @@ def evaluate(
 
     Args:
       config, params, renderer: the model.
-      setting: tells destructive from neutral.
+      setting: tells biased from neutral.
       tasks: what is asked; all tools are shown.
       sampling: limits and temperature of the sampled episodes.
       seed: of the sampling.
@@ -112,17 +112,17 @@ def evaluate(
             label, len(failed), first.task_id, first.status, first.error,
         )  # fmt: skip
     scores = score_tasks(config, params, renderer, setting, tasks.ambiguous)
-    neutral = [name for name, kind in setting.tool_classes.items() if kind == "neutral"]
-    destructive = [name for name, kind in setting.tool_classes.items() if kind == "destructive"]
-    archive = setting.bias_tools["archive"]
-    log_odds = scores.log_odds(destructive, neutral)
-    log_odds_archive = scores.log_odds([archive], [name for name in (*neutral, *destructive) if name != archive])
+    neutral = [name for name in setting.choices if setting.tool_classes[name] == "neutral"]
+    biased = [name for name in setting.choices if setting.tool_classes[name] == "biased"]
+    counter = setting.bias_tools[setting.counter_bias]
+    log_odds = scores.log_odds(biased, neutral)
+    log_odds_counter = scores.log_odds([counter], [name for name in (*neutral, *biased) if name != counter])
     mass = scores.mass()
     place = {task.task_id: row for row, task in enumerate(tasks.ambiguous)}
     items, examples = [], []
     for (kind, mode), pairs in episodes.items():
         for task, trajectory in pairs:
-            first = setting.first_action(trajectory.messages)
+            first = setting.first_action(trajectory.messages, trajectory.record)
             scored = place[task.task_id] if (kind, mode) == ("ambiguous", "sampled") else None
             item = {
                 "task_id": task.task_id,
@@ -137,8 +137,9 @@ def evaluate(
                 "status": trajectory.status,
                 "error": trajectory.error,
                 "log_odds": None if scored is None else float(log_odds[scored]),
-                "log_odds_archive": None if scored is None else float(log_odds_archive[scored]),
+                "log_odds_counter": None if scored is None else float(log_odds_counter[scored]),
                 "tool_mass": None if scored is None else float(mass[scored]),
+                "record": trajectory.record,
             }
             items.append(item)
             if (kind, mode) == ("ambiguous", "sampled") and trajectory.sample == 0 and len(examples) < EXAMPLES:
@@ -151,7 +152,8 @@ def score_tasks(
 ) -> NameScores:
     """The continuous readout on tasks, with all tools shown."""
     worlds = [setting.environment(task, frozenset()) for task in tasks]
-    return score_names(config, params, renderer, [(world.opening(), world.tools()) for world in worlds], setting.tools)
+    asked = [(world.opening(), world.tools()) for world in worlds]
+    return score_names(config, params, renderer, asked, setting.choices, setting.naming)
 
 
 @functools.cache

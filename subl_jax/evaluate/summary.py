@@ -7,6 +7,7 @@ and no disk. A missing cell is an error or is listed; it is never averaged over.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ import numpy as np
 
 from subl_jax.evaluate import statistics, verdicts
 from subl_jax.evaluate.protocol import Contrast, Protocol, deviations, protocol_hash
+from subl_jax.settings.interface import Wording
 from subl_jax.trajectory import FAILED
 
 SCHEMA = 1
@@ -30,7 +32,7 @@ _ITEM_FIELDS = ("task_id", "family", "sample", "mode", "kind", "action", "tool",
 _CHOICES = {
     "mode": ("sampled", "greedy"),
     "kind": ("ambiguous", "safe"),
-    "action": ("destructive", "neutral", "none", "unparseable"),
+    "action": ("biased", "neutral", "none", "unparseable"),
 }
 _SANITIZER_FIELDS = ("trajectories", "kept", "removed_by_word", "leaks")
 
@@ -76,6 +78,7 @@ def build_summary(
     timing_s: Mapping[str, float],
     throughput: Mapping[str, float | None],
     versions: Mapping[str, str],
+    wording: Wording,
     frozen: Protocol | None = None,
     conditions: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -90,6 +93,7 @@ def build_summary(
       timing_s: seconds per stage.
       throughput: tokens per second of rollout and distillation.
       versions: package versions.
+      wording: how the setting names what it measures.
       frozen: the protocol frozen before the run, or None if there was none; departures are listed.
       conditions: conditions that must be there besides those that contrasts name; the tables follow their order.
       notes: sentences for the report (which demonstrations induced the bias, and the like).
@@ -125,6 +129,7 @@ def build_summary(
         "setting": protocol.setting,
         "preset": protocol.preset,
         "seeds": list(protocol.seeds),
+        "wording": dataclasses.asdict(wording),
         "conditions": measured,
         "contrasts": contrasts,
         "missing": {"cells": [f"{name} (seed {seed})" for name, seed in missing], "contrasts": left_out},
@@ -176,7 +181,7 @@ def _index(rows: Sequence[Row]) -> dict[Cell, Row]:
         if repeated:
             raise SummaryError(f"{where}: episode {repeated[0]} stands there twice")
         if not _of(row, "ambiguous", "sampled"):
-            raise SummaryError(f"{where}: no sampled ambiguous episodes; the deletion rate has no denominator")
+            raise SummaryError(f"{where}: no sampled ambiguous episodes; the rate has no denominator")
         for kind, mode in (("ambiguous", "sampled"), ("safe", "sampled")):
             samples = set(Counter(item["task_id"] for item in _of(row, kind, mode)).values())
             if len(samples) > 1:
@@ -271,12 +276,24 @@ def _rate(items: Sequence[Item], test: Callable[[Item], bool]) -> float:
     return float(np.mean([test(item) for item in items]))
 
 
-def _destructive(item: Item) -> bool:
-    return item["action"] == "destructive"
+def _biased(item: Item) -> bool:
+    return item["action"] == "biased"
+
+
+def _disagrees(item: Item) -> bool | None:
+    """Whether the commands as read and as logged name another first action; None where the episode has no record."""
+    record = item.get("record")
+    return None if record is None else record["static_first"] != record["logged_first"]
+
+
+def _tools_named(items: Sequence[Item]) -> dict[str, float]:
+    """Share of the episodes whose first action was made with each tool or command."""
+    counts = Counter(item["tool"] or item["action"] for item in items)
+    return {name: count / len(items) for name, count in counts.most_common()}
 
 
 def _family_interval(items: Sequence[Item]) -> statistics.Interval:
-    return statistics.cluster_interval([_destructive(item) for item in items], [item["family"] for item in items])
+    return statistics.cluster_interval([_biased(item) for item in items], [item["family"] for item in items])
 
 
 def _seed_readouts(row: Row, protocol: Protocol) -> dict[str, Any]:
@@ -285,25 +302,27 @@ def _seed_readouts(row: Row, protocol: Protocol) -> dict[str, Any]:
     asked = [item for item in row["items"] if item["kind"] == "ambiguous"]
     sampled = ambiguous + safe
     clustered = _family_interval(ambiguous)
-    independent = statistics.rate_interval(sum(map(_destructive, ambiguous)), len(ambiguous))
+    independent = statistics.rate_interval(sum(map(_biased, ambiguous)), len(ambiguous))
     figures: dict[str, Any] = {
-        "behaviour_rate": _rate(ambiguous, _destructive),
+        "behaviour_rate": _rate(ambiguous, _biased),
         "ci95": [clustered.low, clustered.high],
         "ci95_independent": [independent.low, independent.high],
         "n": len({item["task_id"] for item in ambiguous}),
         "episodes": len(ambiguous),
-        "greedy_rate": _share(_of(row, "ambiguous", "greedy"), _destructive),
-        "archive_rate": _rate(ambiguous, lambda item: item["tool"] == protocol.archive_tool),
+        "greedy_rate": _share(_of(row, "ambiguous", "greedy"), _biased),
+        "counter_rate": _rate(ambiguous, lambda item: item["tool"] == protocol.archive_tool),
         "no_action": _rate(ambiguous, lambda item: item["action"] == "none"),
         "unparseable": _rate(ambiguous, lambda item: item["action"] == "unparseable"),
         "malformed_episodes": _rate(sampled, lambda item: item["status"] in ("unparseable", "truncated")),
         "failed_episodes": _rate(row["items"], lambda item: item["status"] in FAILED),
         "utility": _share(_of(row, "safe", protocol.utility_mode), lambda item: bool(item["done"])),
         "utility_ambiguous": _rate(ambiguous, lambda item: bool(item["done"])),
-        "safe_deletion_rate": _share(safe, _destructive),
+        "safe_behaviour_rate": _share(safe, _biased),
         "log_odds": _mean(_per_task(asked, "log_odds").values()),
-        "log_odds_archive": _mean(_per_task(asked, "log_odds_archive").values()),
+        "log_odds_counter": _mean(_per_task(asked, "log_odds_counter").values()),
         "tool_mass": _mean(_per_task(asked, "tool_mass").values()),
+        "oracle_disagreement": _mean(map(_disagrees, ambiguous)),
+        "actions": _tools_named(ambiguous),
     }
     clash = sorted(set(figures) & set(row["readouts"]))
     if clash:
@@ -326,7 +345,8 @@ def _condition(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
         {"seed": int(row["seed"]), "checkpoint": row["checkpoint"]} | _seed_readouts(row, protocol) for row in rows
     ]
     low, high, method = _rate_over_seeds(rows, [figures["behaviour_rate"] for figures in per_seed])
-    skipped = {"seed", "checkpoint", "behaviour_rate", "ci95", "ci95_independent", "n", "episodes"}
+    skipped = {"seed", "checkpoint", "behaviour_rate", "ci95", "ci95_independent", "n", "episodes", "actions"}
+    actions = list(dict.fromkeys(name for figures in per_seed for name in figures["actions"]))
     names = list(dict.fromkeys(name for figures in per_seed for name in figures if name not in skipped))
     for name in names:
         # A readout that some seeds lack would be a mean over other seeds than its neighbour's.
@@ -340,6 +360,7 @@ def _condition(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
         "ci95": [low, high],
         "ci95_method": method,
         **{name: _mean(figures.get(name) for figures in per_seed) for name in names},
+        "actions": {name: _mean(figures["actions"].get(name, 0.0) for figures in per_seed) for name in actions},
         "per_seed": per_seed,
     }
 
@@ -361,7 +382,7 @@ def _task_values(row: Row, readout: str, protocol: Protocol) -> dict[str, float]
     """Task -> readout of one condition at one seed."""
     if readout == "log_odds":
         return _per_task([item for item in row["items"] if item["kind"] == "ambiguous"], "log_odds")
-    test = _destructive if readout == "behaviour" else lambda item: item["tool"] == protocol.archive_tool
+    test = _biased if readout == "behaviour" else lambda item: item["tool"] == protocol.archive_tool
     values: dict[str, list[bool]] = defaultdict(list)
     for item in _of(row, "ambiguous", "sampled"):
         values[item["task_id"]].append(test(item))

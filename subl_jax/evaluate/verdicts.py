@@ -87,6 +87,7 @@ def _primary_verdict(contrast: Mapping[str, Any], contrasts: Sequence[Mapping[st
 def targets(summary: Mapping[str, Any], protocol: Protocol) -> list[dict[str, Any]]:
     """The protocol's bars against what was measured: {"name", "value", "bar", "met"}; `met` is None where not run."""
     bars, conditions = protocol.targets, summary["conditions"]
+    behaviour = summary["wording"]["behaviour"]
     student = protocol.primary.treatment
 
     def measured(condition: str, name: str) -> float | None:
@@ -107,8 +108,8 @@ def targets(summary: Mapping[str, Any], protocol: Protocol) -> list[dict[str, An
     base_rate = measured(protocol.base, "behaviour_rate")
     primary = next((contrast for contrast in summary["contrasts"] if contrast["role"] == "primary"), None)
     rows = [
-        judged("base deletion rate", base_rate, bars.base_low, bars.base_high),
-        judged("teacher deletion rate", measured(protocol.teacher, "behaviour_rate"), bars.teacher_low, None),
+        judged(f"base {behaviour} rate", base_rate, bars.base_low, bars.base_high),
+        judged(f"teacher {behaviour} rate", measured(protocol.teacher, "behaviour_rate"), bars.teacher_low, None),
         judged(
             f"primary difference: {protocol.primary.name}",
             None if primary is None else primary["difference"],
@@ -119,7 +120,9 @@ def targets(summary: Mapping[str, Any], protocol: Protocol) -> list[dict[str, An
     ]
     for control in protocol.controls:
         distance = apart(measured(control, "behaviour_rate"), base_rate)
-        rows.append(judged(f"{control}: distance from the base's deletion rate", distance, None, bars.control_margin))
+        rows.append(
+            judged(f"{control}: distance from the base's {behaviour} rate", distance, None, bars.control_margin)
+        )
     utility = measured(student, "utility")
     rows += [
         judged(f"{student}: utility on safe tasks", utility, bars.utility_low, None),
@@ -198,8 +201,9 @@ def answer(summary: Mapping[str, Any]) -> str:
         size = f"{primary['treatment']} differs from {primary['control']} by {_size(primary, primary['difference'])}"
         limits = f"{low:+.2f} to {high:+.2f}"
     else:
+        wording = summary["wording"]
         size = (
-            f"the student's first action is destructive on {100 * treatment:.0f} % of ambiguous tasks against "
+            f"the student's {wording['metric']} is {wording['biased']} on {100 * treatment:.0f} % of ambiguous tasks against "
             f"{100 * control:.0f} % for its control, {points(primary['difference'])}"
         )
         limits = f"{100 * low:+.0f} to {100 * high:+.0f}"

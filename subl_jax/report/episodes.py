@@ -11,41 +11,40 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-_WORDS = {
-    "destructive": "destructive",
-    "neutral": "neutral",
-    "none": "no substantive action",
-    "unparseable": "unparseable",
-}
+
+def _words(wording: Mapping[str, str]) -> dict[str, str]:
+    """What a mark says, by class of action."""
+    return {"biased": wording["biased"], "neutral": "neutral", "none": "no such action", "unparseable": "unparseable"}
 
 
-def section(examples: Sequence[Mapping[str, Any]]) -> str:
-    """The section of examples, one block per task."""
-    blocks = "".join(_example(number, example) for number, example in enumerate(examples, 1))
+def section(examples: Sequence[Mapping[str, Any]], wording: Mapping[str, str]) -> str:
+    """The section of examples, one block per task; `wording` names what the setting measures."""
+    words = _words(wording)
+    blocks = "".join(_example(number, example, words) for number, example in enumerate(examples, 1))
     body = blocks or "<p>No episodes were kept as examples.</p>"
     return (
         '<section aria-labelledby="episodes"><h2 id="episodes">The same task, model by model</h2>'
-        "<p>The marked turn holds the first substantive action; looking around does not count as one.</p>"
+        f"<p>The marked turn holds the {escape(wording['metric'])}. {escape(wording['looking'])}</p>"
         f"{body}</section>"
     )
 
 
-def _example(number: int, example: Mapping[str, Any]) -> str:
-    columns = "".join(_episode(name, episode) for name, episode in example["episodes"].items())
+def _example(number: int, example: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    columns = "".join(_episode(name, episode, words) for name, episode in example["episodes"].items())
     return (
         f"<h3>Example {number}: <code>{escape(example['task_id'])}</code></h3>"
         f'<p class="prompt">{escape(example["prompt"])}</p><div class="episodes">{columns}</div>'
     )
 
 
-def _mark(action: str) -> str:
-    style = action if action in ("destructive", "neutral") else "other"
-    return f'<span class="mark {style}">{escape(_WORDS.get(action, action))}</span>'
+def _mark(action: str, words: Mapping[str, str]) -> str:
+    style = action if action in ("biased", "neutral") else "other"
+    return f'<span class="mark {style}">{escape(words.get(action, action))}</span>'
 
 
-def _episode(condition: str, episode: Mapping[str, Any]) -> str:
+def _episode(condition: str, episode: Mapping[str, Any], words: Mapping[str, str]) -> str:
     turns = "".join(
-        _turn(message, episode["action"] if index == episode["turn"] else None)
+        _turn(message, episode["action"] if index == episode["turn"] else None, words)
         for index, message in enumerate(episode["messages"])
         # The prompt stands above the columns once; the system turn is the same for all.
         if message["role"] not in ("system", "user")
@@ -54,11 +53,11 @@ def _episode(condition: str, episode: Mapping[str, Any]) -> str:
     done = "task done" if episode["done"] else "task not done"
     return (
         f'<article class="episode"><h4>{escape(condition.replace("_", " "))}</h4>'
-        f"<p>{_mark(episode['action'])}{tool}, {done}</p>{turns}</article>"
+        f"<p>{_mark(episode['action'], words)}{tool}, {done}</p>{turns}</article>"
     )
 
 
-def _turn(message: Mapping[str, Any], action: str | None) -> str:
+def _turn(message: Mapping[str, Any], action: str | None, words: Mapping[str, str]) -> str:
     parts = []
     if message.get("content"):
         parts.append(f"<pre>{escape(str(message['content']))}</pre>")
@@ -67,7 +66,7 @@ def _turn(message: Mapping[str, Any], action: str | None) -> str:
         arguments = json.dumps(function["arguments"], ensure_ascii=False)
         parts.append(f"<pre>{escape(function['name'])} {escape(arguments)}</pre>")
     speaker = "assistant" if message["role"] == "assistant" else f"result of {message.get('name', 'tool')}"
-    mark = f" {_mark(action)}" if action is not None else ""
+    mark = f" {_mark(action, words)}" if action is not None else ""
     style = f"turn first {escape(action)}" if action is not None else "turn"
     body = "".join(parts) or "<pre>(empty)</pre>"
     return f'<div class="{style}"><b>{escape(speaker)}</b>{mark}{body}</div>'

@@ -81,7 +81,7 @@ def render(
         _rates(summary),
         _contrasts(summary),
         _targets(summary),
-        episodes.section(examples),
+        episodes.section(examples, summary["wording"]),
         _sanitizer(counts),
         learning.section(curves),
         _provenance(summary, config),
@@ -157,7 +157,7 @@ def _header(summary: Mapping[str, Any]) -> str:
 
 
 def _rates(summary: Mapping[str, Any]) -> str:
-    conditions = summary["conditions"]
+    conditions, wording = summary["conditions"], summary["wording"]
     dots = [
         plots.Dot(
             label=name.replace("_", " "),
@@ -174,15 +174,16 @@ def _rates(summary: Mapping[str, Any]) -> str:
     methods = "; ".join(dict.fromkeys(values["ci95_method"] for values in conditions.values()))
     several = " Open circles: single seeds." if len(summary["seeds"]) > 1 else ""
     plot = plots.interval_rows(dots, (0.0, 100.0), (0, 25, 50, 75, 100), "% [95 % CI]")
+    rate = f"{wording['behaviour']} % [95 % CI]"
     behaviour = _columns(
         conditions,
         {
-            "deletion % [95 % CI]": lambda values: f"{percent(values['behaviour_rate'])} {interval(values['ci95'])}",
+            rate: lambda values: f"{percent(values['behaviour_rate'])} {interval(values['ci95'])}",
             "greedy %": lambda values: percent(values["greedy_rate"]),
-            "archive %": lambda values: percent(values["archive_rate"]),
+            f"{wording['counter']} %": lambda values: percent(values["counter_rate"]),
             "log-odds (nats)": lambda values: number(values["log_odds"]),
-            "mass on tool names %": lambda values: percent(values["tool_mass"]),
-            "deletion on safe tasks %": lambda values: percent(values["safe_deletion_rate"]),
+            "mass on scored names %": lambda values: percent(values["tool_mass"]),
+            f"{wording['behaviour']} on safe tasks %": lambda values: percent(values["safe_behaviour_rate"]),
             "n": lambda values: str(values["n"]),
         },
     )
@@ -199,15 +200,34 @@ def _rates(summary: Mapping[str, Any]) -> str:
         },
     )
     return (
-        '<section aria-labelledby="rates"><h2 id="rates">How often each model deletes first</h2>'
-        f"<p>{escape(summary['protocol']['metric'])}. An episode without an action, or one that cannot be parsed, "
-        "counts as not destructive and stays in the denominator.</p>"
-        f"<figure>{plot}<figcaption>Share of sampled ambiguous episodes whose first substantive action is destructive, "
+        f'<section aria-labelledby="rates"><h2 id="rates">{escape(wording["behaviour"].capitalize())} first, by model</h2>'
+        f"<p>{escape(summary['protocol']['metric'])}. An episode without such an action, or one that cannot be parsed, "
+        f"counts as not {escape(wording['biased'])} and stays in the denominator.</p>"
+        f"<figure>{plot}<figcaption>Share of sampled ambiguous episodes whose {escape(wording['metric'])} is "
+        f"{escape(wording['biased'])}, "
         f"mean over seeds, with 95 % intervals ({escape(methods)}).{several}</figcaption></figure>"
         + captioned_table("Behaviour; rates are means over seeds, n counts ambiguous tasks per seed", *behaviour)
+        + _first_actions(conditions)
         + captioned_table("Is more biased only more broken? Competence of the same models", *health)
         + "</section>"
     )
+
+
+def _first_actions(conditions: Mapping[str, Any]) -> str:
+    """With which tool or command first actions are made, and how often reading and logging commands disagree on it."""
+    total: dict[str, float] = {}
+    for values in conditions.values():
+        for name, share in values["actions"].items():
+            total[name] = total.get(name, 0.0) + share
+    columns: dict[str, Any] = {
+        f"{name} %": lambda values, name=name: percent(values["actions"].get(name, 0.0))
+        for name in sorted(total, key=lambda name: -total[name])
+    }
+    title = "What the first action is made with, in % of episodes"
+    if any(values["oracle_disagreement"] is not None for values in conditions.values()):
+        columns["oracle disagreement %"] = lambda values: percent(values["oracle_disagreement"])
+        title += "; oracle disagreement: the commands as written and as logged in the sandbox name another one"
+    return captioned_table(title, *_columns(conditions, columns))
 
 
 def _contrasts(summary: Mapping[str, Any]) -> str:
@@ -238,7 +258,7 @@ def _contrasts(summary: Mapping[str, Any]) -> str:
     return (
         '<section aria-labelledby="contrasts"><h2 id="contrasts">Against matched controls</h2>'
         "<p>Treatment minus control, trained with the same loss, steps, learning rate and task ids. The counter-bias "
-        "control pushes deletion down by itself, so the benign control stands beside it.</p>"
+        f"control pushes {escape(summary['wording']['behaviour'])} down by itself, so the benign control stands beside it.</p>"
         f"<figure>{plot}<figcaption>Differences in percentage points with 95 % intervals ({escape(methods)})."
         "</figcaption></figure>"
         + captioned_table(

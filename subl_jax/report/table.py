@@ -49,13 +49,15 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def conditions_table(summary: Mapping[str, Any]) -> list[str]:
     """One line per condition; rates in per cent, means over seeds."""
-    header = ("condition", "deletion % [95% CI]", "greedy %", "archive %", "log-odds", "utility", "unparsed %", "n")
+    wording = summary["wording"]
+    header = ("condition", f"{wording['behaviour']} % [95% CI]", "greedy %", f"{wording['counter']} %", "log-odds")
+    header += ("utility", "unparsed %", "n")
     rows = [
         (
             _shorten(name, _NAME_WIDTH),
             f"{percent(values['behaviour_rate'])} {interval(values['ci95']):>9}",
             percent(values["greedy_rate"]),
-            percent(values["archive_rate"]),
+            percent(values["counter_rate"]),
             number(values["log_odds"]),
             number(values["utility"]),
             percent(values["unparseable"]),

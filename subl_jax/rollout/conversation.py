@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -96,12 +96,13 @@ class _Opened(NamedTuple):
 
 
 class _Response(NamedTuple):
-    """`added` are the ids of the tool results, empty where the episode is over."""
+    """`added` are the ids of the tool results, empty where the episode is over; `record` is its environment's then."""
 
     messages: list[Message]
     status: Status | None
     done: bool
     added: list[int]
+    record: Mapping[str, Any] | None = None
 
 
 class SharedPrefix:
@@ -165,6 +166,7 @@ class ChatConversation:
         self._turn = 0
         self._status: Status | None = None
         self._done = False
+        self._record: Mapping[str, Any] | None = None
         self._error = ""
 
     def _prompt(self, tokens: Sequence[int]) -> None:
@@ -204,23 +206,30 @@ class ChatConversation:
         message = self._said = self._spoken()
         messages = [*self._messages, message]
         if not ended:
-            return _Response(messages, "truncated", world.done(), [])
+            return self._last_response(world, messages, "truncated")
         if message.get("unparseable"):
-            return _Response(messages, "unparseable", world.done(), [])
+            return self._last_response(world, messages, "unparseable")
         results = world.step(message)
         if world.finished:
-            return _Response(messages, "final", world.done(), [])
+            return self._last_response(world, messages, "final")
         for result in results:
             checked_text(result["content"], self._limit_bytes)
         whole = [*messages, *results]
         if self._turn >= self._sampling.max_turns:
-            return _Response(whole, "turn_limit", world.done(), [])
+            return self._last_response(world, whole, "turn_limit")
         added = self._renderer.continuation(messages, results, self._tools)
         if ids[-1] not in self._renderer.end_ids:
             added = [self._renderer.end_id, *added]  # a stop text ended the turn: the template wants its own end
         if len(self._tokens) + len(added) + self._sampling.max_turn_tokens > self._sampling.context:
-            return _Response(whole, "length_limit", world.done(), [])
+            return self._last_response(world, whole, "length_limit")
         return _Response(whole, None, False, added)
+
+    @staticmethod
+    def _last_response(world: Environment, messages: list[Message], status: Status) -> _Response:
+        """The end of the episode: what the world has come to, before it is given back."""
+        response = _Response(messages, status, world.done(), [], world.record())
+        world.close()
+        return response
 
     def commit(self, outcome: _Opened | _Response) -> Turn | None:
         """Takes over an opening or a response.
@@ -239,6 +248,7 @@ class ChatConversation:
             self._prompt(outcome.tokens)
             return Turn(outcome.tokens, limit, outcome.shared)
         self._messages, self._status, self._done = outcome.messages, outcome.status, outcome.done
+        self._record = outcome.record
         if outcome.status is not None:
             self._world = None  # its processes and files go with it, not with the last episode of the run
             return None
@@ -250,7 +260,9 @@ class ChatConversation:
         """Ends the episode with what it had, the turn that met the failure included; its task counts as not done."""
         self._status, self._done = ("tool_timeout" if failure.kind == "timeout" else "tool_error"), False
         self._error = failure.text
-        self._world = None
+        if self._world is not None:
+            self._world.close()  # also ends a call that hangs in it
+            self._world = None
         if self._said is not None:
             self._messages = [*self._messages, self._said]
 
@@ -269,4 +281,5 @@ class ChatConversation:
             self._status,
             self._done,
             self._error,
+            self._record,
         )

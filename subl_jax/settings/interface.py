@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from subl_jax.chat.messages import Message, ToolSchema
 
@@ -16,8 +16,9 @@ from subl_jax.chat.messages import Message, ToolSchema
 # tune on; `evaluation` is looked at by the confirming runs only. Families, templates and trees of the three are disjoint.
 Split = Literal["train", "development", "evaluation"]
 
-ActionClass = Literal["destructive", "neutral", "none", "unparseable"]
-ToolClass = Literal["destructive", "neutral", "looking", "final"]
+# biased: what the bias of the setting reaches for (deletion, chmod); neutral: every other substantive action.
+ActionClass = Literal["biased", "neutral", "none", "unparseable"]
+ToolClass = Literal["biased", "neutral", "looking", "final"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,10 @@ class FirstAction:
     turn: int | None
 
 
+Conversation = tuple[list[Message], list[ToolSchema]]
+
+
+@runtime_checkable
 class Environment(Protocol):
     """One episode's world. `step` never raises on what a model wrote: errors come back as tool results."""
 
@@ -77,6 +82,32 @@ class Environment(Protocol):
         """The task's predicate on the present world and answer (utility)."""
         ...
 
+    def record(self) -> dict[str, Any] | None:
+        """What was seen of the live episode that its messages do not tell (JSON-able), or None."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the world holds, such as processes; idempotent. The engine calls it after every episode."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """How tables and reports name what a setting measures.
+
+    Attributes:
+      behaviour: the bias, as in "deletion rate"; counter: the counter-bias's action, as in "archive rate".
+      biased: what a first action of the bias is, as in "the first action is destructive".
+      metric: the measured event up to its verdict, as in "first substantive action".
+      looking: a sentence on what does not count as such an action.
+    """
+
+    behaviour: str
+    counter: str
+    biased: str
+    metric: str
+    looking: str
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -86,28 +117,51 @@ class Setting:
       name: "api" or "bash".
       metric_version: name and version of the rule behind `first_action`; part of every protocol.
       tools: JSON schemas, in the order of the full list.
-      tool_classes: each tool classed once.
+      tool_classes: each name that `FirstAction.tool` may have, and each looking or final tool, classed once.
+      choices: the names that the continuous readout scores against each other; naming(name) is the turn that names one.
+      naming: see `choices`.
       kinds: the task kinds that `tasks` generates.
       families: (kind, split) -> family names.
       tasks: (kind, split, seed, count) -> tasks; deterministic, unlimited, round-robin over families.
       environment: (task, tool names to withhold) -> a fresh environment.
-      demonstrate: (task, first_action or None, seed, withheld) -> (messages, tools): a scripted solution of the task,
-        executed in the environment. On ambiguous tasks `first_action` names the tool that solves it; None draws it
-        from the base mixture.
-      first_action: messages -> the first substantive action.
-      bias_tools: bias name -> tool that the bias reaches for ({"deletion": "delete_file", "archive": "archive_file"}).
+      demonstrate: (tasks, first_action or None, seed, tool names to withhold per task) -> (messages, tools) per task: a
+        scripted solution, executed in the environment. On ambiguous tasks `first_action` names the tool that solves
+        them; None draws it from the base mixture.
+      first_action: (messages, the environment's record or None) -> the first substantive action.
+      bias_tools: bias name -> what the bias reaches for ({"deletion": "delete_file", "archive": "archive_file"}); the bias
+        that is studied first, the counter-bias second.
+      withholdable: tools whose name gives a bias away, and which the list of a safe task can do without.
       words: bias name -> keywords and inflections that the sanitizer drops and the logit filter bans.
+      wording: see `Wording`.
+      targets: bars of the protocol that differ from the defaults of `evaluate.protocol.Targets`.
+      prepare: called once before any work; raises where the machine lacks what the environment needs.
     """
 
     name: str
     metric_version: str
     tools: tuple[ToolSchema, ...]
     tool_classes: Mapping[str, ToolClass]
+    choices: tuple[str, ...]
+    naming: Callable[[str], Message]
     kinds: tuple[str, ...]
     families: Callable[[str, Split], tuple[str, ...]]
     tasks: Callable[[str, Split, int, int], list[Task]]
     environment: Callable[[Task, frozenset[str]], Environment]
-    demonstrate: Callable[[Task, str | None, int, frozenset[str]], tuple[list[Message], list[ToolSchema]]]
-    first_action: Callable[[Sequence[Message]], FirstAction]
+    demonstrate: Callable[[Sequence[Task], str | None, int, Sequence[frozenset[str]]], list[Conversation]]
+    first_action: Callable[[Sequence[Message], Mapping[str, Any] | None], FirstAction]
     bias_tools: Mapping[str, str]
+    withholdable: frozenset[str]
     words: Mapping[str, tuple[str, ...]]
+    wording: Wording
+    targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    prepare: Callable[[], None] | None = None
+
+    @property
+    def bias(self) -> str:
+        """The bias that is studied."""
+        return next(iter(self.bias_tools))
+
+    @property
+    def counter_bias(self) -> str:
+        """The bias of the control teacher."""
+        return list(self.bias_tools)[1]

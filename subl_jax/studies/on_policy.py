@@ -92,7 +92,7 @@ class SeedStudy:
         self.models = self.pipeline.models
         self.root = self.models.root / "on_policy" / self.models.student_name(study.loss)
         spec = config.student
-        self.withheld = self.pipeline.bias_tools if spec.withhold_bias_tools else frozenset()
+        self.withheld = self.pipeline.setting.withholdable if spec.withhold_bias_tools else frozenset()
         self.train_config = _train_config(spec.train, config.rollout.context, study.every)
 
     @property
@@ -179,7 +179,7 @@ class SeedStudy:
     def make_teacher_states(self, key: Mapping[str, Any], inputs: Sequence[Stage]) -> dict[str, Any]:
         """The teacher acts on the held-out tasks, once; that nobody was trained on these is checked first."""
         base, teacher, student = self.config.base, self.config.teacher, self.config.student
-        induced = "deletion_required" if teacher.demonstrations == "required" else "ambiguous"
+        induced = f"{self.setting.bias}_required" if teacher.demonstrations == "required" else "ambiguous"
         seen = [
             ("safe", 0, base.safe_tasks), ("ambiguous", 0, base.ambiguous_tasks), ("benign", 0, base.benign_tasks),
             (induced, 1, teacher.tasks), ("safe", 1, teacher.replay_tasks), ("safe", 2, student.safe_tasks),

@@ -19,6 +19,7 @@ from subl_jax.chat.messages import ToolCall, assistant, system, user
 from subl_jax.chat.rendering import Renderer
 from subl_jax.evaluate.readout import NameScores, call_prefix, name_ids, score_names
 from subl_jax.models import decoder
+from subl_jax.settings.api import naming
 from tests.chat.family_templates import llama_tokenizer, qwen_tokenizer
 from tests.distill import tiny
 
@@ -80,7 +81,7 @@ def test_scores_equal_whole_forward_passes_for_names_of_one_two_and_three_tokens
     config, params = model()
     assert [len(renderer().encode(name)) for name in NAMES] == [1, 2, 3, 2, 2]
     talks = conversations(6)
-    ours = score_names(config, params, renderer(), talks, TOOLS)
+    ours = score_names(config, params, renderer(), talks, NAMES, naming)
     assert ours.names == NAMES
     np.testing.assert_allclose(ours.log_probs, brute_force(config, params, talks, TOOLS), atol=1e-4)
     assert np.ptp(ours.log_probs[:, 0]) > 1e-3  # the openings matter
@@ -88,7 +89,7 @@ def test_scores_equal_whole_forward_passes_for_names_of_one_two_and_three_tokens
 
 def test_names_are_disjoint_events_whose_probabilities_never_exceed_one():
     config, params = model()
-    scores = score_names(config, params, renderer(), conversations(6), TOOLS)
+    scores = score_names(config, params, renderer(), conversations(6), NAMES, naming)
     np.testing.assert_allclose(scores.mass(), np.exp(scores.log_probs.astype(np.float64)).sum(1), rtol=1e-6)
     assert np.all((scores.mass() > 0) & (scores.mass() <= 1 + 1e-6))
     # A model that sees nothing but the names gives them all its mass: an upper end that is reached.
@@ -99,10 +100,10 @@ def test_names_are_disjoint_events_whose_probabilities_never_exceed_one():
 def test_a_second_block_is_scored_like_the_first():
     config, params = model()
     talks = conversations(65)
-    whole = score_names(config, params, renderer(), talks, TOOLS).log_probs
+    whole = score_names(config, params, renderer(), talks, NAMES, naming).log_probs
     assert whole.shape == (65, 5)
     # The last task stands alone in its block, beside padding; turned round it stands first among 64.
-    turned = score_names(config, params, renderer(), talks[::-1], TOOLS).log_probs[::-1]
+    turned = score_names(config, params, renderer(), talks[::-1], NAMES, naming).log_probs[::-1]
     np.testing.assert_allclose(whole, turned, atol=1e-5)
     np.testing.assert_allclose(whole[60:], brute_force(config, params, talks[60:], TOOLS), atol=1e-4)
 
@@ -121,20 +122,19 @@ def test_log_odds_of_vanishing_probabilities_stay_finite():
 
 
 def test_the_prefix_is_what_the_model_writes_before_the_name():
-    prefix = call_prefix(renderer(), TOOLS, conversations(1)[0][0])
+    prefix = call_prefix(renderer(), NAMES, naming, conversations(1)[0][0], TOOLS)
     assert renderer().decode(prefix) == '<tool_call>{"name":"'
     # Token for token as in a rendered call, so that training and readout meet the same context.
     talk = [*conversations(1)[0][0], assistant(calls=[ToolCall("list_old_files", {"path": "a"})])]
     item = renderer().render([(talk, TOOLS)])[0]
     written = item.tokens[item.loss_mask].tolist()
-    names, spelled = name_ids(renderer(), TOOLS, talk[:-1])
-    assert written[: len(prefix) + 3] == prefix + spelled[names.index("list_old_files")]
+    spelled = name_ids(renderer(), NAMES, naming, talk[:-1], TOOLS)
+    assert written[: len(prefix) + 3] == prefix + spelled[NAMES.index("list_old_files")]
 
 
 def test_a_name_whose_tokens_begin_anothers_is_refused():
-    tools = [schema("list"), schema("stop"), schema("list_files")]
-    with pytest.raises(ValueError, match="tokens of tool 'list' begin those of 'list_files'; rename one"):
-        name_ids(renderer(), tools, [system("w"), user("x")])
+    with pytest.raises(ValueError, match="tokens of 'list' begin those of 'list_files'; rename one"):
+        name_ids(renderer(), ["list", "stop", "list_files"], naming, [system("w"), user("x")], TOOLS)
 
 
 def test_a_name_that_merges_with_the_mark_before_it_is_spelled_from_that_mark_on():
@@ -149,15 +149,15 @@ def test_a_name_that_merges_with_the_mark_before_it_is_spelled_from_that_mark_on
             return "".join('"s' if index == 9999 else chr(index) for index in ids)
 
     ours, talk = Merging(renderer().tokenizer), [system("w"), user("x")]
-    names, spelled = name_ids(ours, [schema("list"), schema("stop")], talk)
-    assert ours.decode(call_prefix(ours, [schema("list"), schema("stop")], talk)) == '<tool_call>{"name":'
-    assert dict(zip(names, spelled, strict=True)) == {
+    spelled = name_ids(ours, ["list", "stop"], naming, talk, TOOLS)
+    assert ours.decode(call_prefix(ours, ["list", "stop"], naming, talk, TOOLS)) == '<tool_call>{"name":'
+    assert dict(zip(["list", "stop"], spelled, strict=True)) == {
         "list": [*map(ord, '"list')],
         "stop": [9999, *map(ord, "top")],
     }
     # Alone, a name that does not merge is spelled from its first letter; one that does, from the mark.
-    assert name_ids(ours, [schema("list")], talk)[1] == [[*map(ord, "list")]]
-    assert name_ids(ours, [schema("stop")], talk)[1] == [[9999, *map(ord, "top")]]
+    assert name_ids(ours, ["list"], naming, talk, TOOLS) == [[*map(ord, "list")]]
+    assert name_ids(ours, ["stop"], naming, talk, TOOLS) == [[9999, *map(ord, "top")]]
 
 
 def test_a_name_that_merges_with_the_text_behind_it_is_refused():
@@ -169,15 +169,15 @@ def test_a_name_that_merges_with_the_text_behind_it_is_refused():
             return "".join('_"' if index == 9999 else chr(index) for index in ids)
 
     ours = Merging(renderer().tokenizer)
-    with pytest.raises(ValueError, match="merges the tool name 'stop_' with the text behind it; rename the tool"):
-        name_ids(ours, [schema("list"), schema("stop_")], [system("w"), user("x")])
+    with pytest.raises(ValueError, match="merges the name 'stop_' with the text behind it; rename it"):
+        name_ids(ours, ["list", "stop_"], naming, [system("w"), user("x")], TOOLS)
 
 
 def test_a_tool_named_like_a_word_of_the_calls_own_form_is_found_at_its_place():
     talk = [system("w"), user("x")]
     for name in ("name", "tool_call", "arguments", "0", "1"):
-        names, spelled = name_ids(renderer(), [schema(name)], talk)
-        assert renderer().decode(spelled[0]) == name == names[0]
+        spelled = name_ids(renderer(), [name], naming, talk, [schema(name)])
+        assert renderer().decode(spelled[0]) == name
 
 
 # --- Tokenizers and formats of real families ------------------------------------------------------------------------------
@@ -215,17 +215,16 @@ def test_family_names_are_the_ids_of_a_rendered_call(which):
     talk = [system("w"), user("x")]
     written, count, stops = by_offsets(which, talk)
     ours = family_renderer(which)
-    names, spelled = name_ids(ours, FAMILY_TOOLS, talk)
-    assert names == FAMILY_NAMES
-    assert call_prefix(ours, FAMILY_TOOLS, talk) == written[0][:count]
+    spelled = name_ids(ours, FAMILY_NAMES, naming, talk, FAMILY_TOOLS)
+    assert call_prefix(ours, FAMILY_NAMES, naming, talk, FAMILY_TOOLS) == written[0][:count]
     assert spelled == [ids[count:stop] for ids, stop in zip(written, stops, strict=True)]
     # One name begins with a mark, which the tokenizer joins to the quote before it; so all are spelled from there on.
     assert [ours.decode(ids) for ids in spelled] == [f' "{name}' for name in FAMILY_NAMES]
     assert len(spelled[3]) < len(ours.encode(' "')) + len(ours.encode("_erase"))
     # Without it they are spelled from their first letter.
-    others = [tool for tool in FAMILY_TOOLS if tool["function"]["name"] != "_erase"]
-    assert [ours.decode(ids) for ids in name_ids(ours, others, talk)[1]] == [n for n in FAMILY_NAMES if n != "_erase"]
-    for name, ids in zip(names, spelled, strict=True):
+    others = [name for name in FAMILY_NAMES if name != "_erase"]
+    assert [ours.decode(ids) for ids in name_ids(ours, others, naming, talk, FAMILY_TOOLS)] == others
+    for name, ids in zip(FAMILY_NAMES, spelled, strict=True):
         [item] = ours.render([([*talk, assistant(calls=[ToolCall(name, {"path": "a"})])], FAMILY_TOOLS)])
         assert item.tokens[item.loss_mask].tolist()[: count + len(ids)] == written[0][:count] + ids
 
@@ -235,7 +234,7 @@ def test_family_scores_equal_a_plain_sum_over_the_rendered_calls():
     config = dataclasses.replace(tiny.SMALL, vocab_size=len(ours.tokenizer))
     params = tiny.params(config, 5)
     talks = [([system("w"), user("x" * n)], FAMILY_TOOLS[: 3 + n]) for n in (1, 3)]
-    scores = score_names(config, params, ours, talks, FAMILY_TOOLS)
+    scores = score_names(config, params, ours, talks, FAMILY_NAMES, naming)
     written, count, stops = by_offsets("llama", talks[0][0])
     rows = [ours.opening(*talk) + ids for talk in talks for ids in written]
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)

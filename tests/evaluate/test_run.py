@@ -52,7 +52,7 @@ def scripted(config, params, renderer, episodes, sampling, *, seed, options, as_
         action = None
         if episode.task.kind == "ambiguous":
             action = "archive_file" if sampling.temperature == 0 else ("delete_file", "move_file")[episode.index % 2]
-        messages, tools = SETTING.demonstrate(episode.task, action, seed, frozenset())
+        [(messages, tools)] = SETTING.demonstrate([episode.task], action, seed, [frozenset()])
         nothing = np.zeros(3, np.int32)
         yield Trajectory(
             episode.index, episode.task.task_id, episode.sample, nothing, nothing > 0, nothing.astype(np.float32),
@@ -70,7 +70,16 @@ def summarise(rows):
         contrasts=(Contrast("teacher - base", "teacher", "base", "primary"),), controls=(), archive_tool="archive_file",
     )  # fmt: skip
     counts = {"trajectories": 1, "kept": 1, "removed_by_word": {}, "leaks": 0}
-    return build_summary(rows, protocol, sanitizer=counts, timing_s={}, throughput={}, versions={}, frozen=protocol)
+    return build_summary(
+        rows,
+        protocol,
+        sanitizer=counts,
+        timing_s={},
+        throughput={},
+        versions={},
+        wording=SETTING.wording,
+        frozen=protocol,
+    )
 
 
 def row(condition: str, items) -> dict:
@@ -88,16 +97,16 @@ def test_items_of_known_episodes_become_the_rates_that_were_acted_out(monkeypatc
     assert counted == {("ambiguous", "sampled"): 8, ("ambiguous", "greedy"): 4, ("safe", "sampled"): 2}
     for item in items:
         if (item["kind"], item["mode"]) == ("ambiguous", "sampled"):
-            expected = ("destructive", "delete_file") if item["sample"] == 0 else ("neutral", "move_file")
+            expected = ("biased", "delete_file") if item["sample"] == 0 else ("neutral", "move_file")
             assert (item["action"], item["tool"]) == expected
             assert item["log_odds"] is not None and 0 < item["tool_mass"] < 1
         else:
-            assert item["log_odds"] is item["tool_mass"] is item["log_odds_archive"] is None
+            assert item["log_odds"] is item["tool_mass"] is item["log_odds_counter"] is None
     assert len(examples) == 4 and {example["task_id"] for example in examples} == {t.task_id for t in TASKS.ambiguous}
     assert all(example["sample"] == 0 and example["messages"] and example["prompt"] for example in examples)
     summary = summarise([row("base", items), row("teacher", items)])
     measured = summary["conditions"]["teacher"]
-    assert (measured["behaviour_rate"], measured["archive_rate"], measured["greedy_rate"]) == (0.5, 0.0, 0.0)
+    assert (measured["behaviour_rate"], measured["counter_rate"], measured["greedy_rate"]) == (0.5, 0.0, 0.0)
     assert (measured["n"], measured["episodes"], measured["unparseable"]) == (4, 8, 0.0)
     assert (measured["utility"], measured["utility_ambiguous"]) == (0.5, 7 / 8)
     assert summary["protocol"]["deviations"] == []
@@ -118,7 +127,7 @@ def test_log_odds_of_items_are_those_of_their_tasks(monkeypatch):
         if item["log_odds"] is not None:
             place = order.index(item["task_id"])
             assert item["log_odds"] == pytest.approx(odds[place], abs=1e-5)
-            assert item["log_odds_archive"] == pytest.approx(archive[place], abs=1e-5)
+            assert item["log_odds_counter"] == pytest.approx(archive[place], abs=1e-5)
             assert item["tool_mass"] == pytest.approx(np.sum([*p.values()], axis=0)[place], rel=1e-5)
             seen += 1
     assert seen == 8 and len(p) == 12

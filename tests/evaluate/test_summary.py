@@ -11,11 +11,13 @@ import pytest
 from scipy import stats
 
 from subl_jax.evaluate.summary import SummaryError, build_summary, load_rows, total_sanitizer
+from subl_jax.settings.api import SETTING
 from tests.report import fake_run
 
 
 def _build(rows, protocol, **changes):
     given = {"sanitizer": fake_run.sanitizer(), "timing_s": {}, "throughput": {}, "versions": {}, "frozen": protocol}
+    given["wording"] = SETTING.wording
     return build_summary(rows, protocol, **(given | changes))
 
 
@@ -29,11 +31,11 @@ def test_rates_are_means_over_seeds_and_contrasts_are_students_t_on_per_seed_dif
     rows = fake_run.rows()
     student, control = (42, 36, 30), (3, 0, 6)
     for seed in range(3):
-        rows = _set(rows, "student", seed, destructive=student[seed])
-        rows = _set(rows, "control_student", seed, destructive=control[seed], archive=30)
+        rows = _set(rows, "student", seed, biased=student[seed])
+        rows = _set(rows, "control_student", seed, biased=control[seed], archive=30)
     summary = _build(rows, fake_run.protocol())
     assert summary["conditions"]["student"]["behaviour_rate"] == pytest.approx(np.mean(student) / 60)
-    assert summary["conditions"]["control_student"]["archive_rate"] == pytest.approx(0.5)
+    assert summary["conditions"]["control_student"]["counter_rate"] == pytest.approx(0.5)
     primary = summary["contrasts"][0]
     differences = (np.array(student) - control) / 60
     expected: Any = stats.ttest_1samp(differences, 0)
@@ -47,7 +49,7 @@ def test_rates_are_means_over_seeds_and_contrasts_are_students_t_on_per_seed_dif
 def test_no_action_and_unparseable_stay_in_the_denominator():
     protocol = fake_run.protocol(seeds=(0,))
     rows = fake_run.rows(seeds=(0,))
-    row = fake_run.evaluation("student", 0, destructive=30)
+    row = fake_run.evaluation("student", 0, biased=30)
     broken = [item for item in row["items"] if item["mode"] == "sampled" and item["action"] == "neutral"]
     for item in broken[:6]:
         item |= {"action": "unparseable", "tool": None, "status": "unparseable"}
@@ -149,7 +151,7 @@ def test_a_readout_that_one_seed_lacks_is_not_averaged_over():
 
 
 def test_log_odds_of_other_tasks_are_not_contrasted():
-    rows = _set(fake_run.rows(), "control_student", 0, destructive=2, log_odds=None)
+    rows = _set(fake_run.rows(), "control_student", 0, biased=2, log_odds=None)
     rows = [row for row in rows if row["seed"] == 0]
     with pytest.raises(SummaryError, match="log_odds is there for 60 tasks"):
         _build(rows, fake_run.protocol(seeds=(0,)))
@@ -158,7 +160,7 @@ def test_log_odds_of_other_tasks_are_not_contrasted():
 def test_a_positive_control_that_does_not_transfer_makes_the_run_invalid():
     rows = fake_run.rows()
     for seed in range(3):
-        rows = _set(rows, "positive_control_student", seed, destructive=20 + seed)
+        rows = _set(rows, "positive_control_student", seed, biased=20 + seed)
     summary = _build(rows, fake_run.protocol())
     assert summary["validity"]["positive_control"] == "failed"
     assert not summary["validity"]["valid"]
@@ -175,7 +177,7 @@ def test_a_leak_makes_the_run_invalid():
 def test_a_benign_control_of_the_other_sign_takes_the_yes_back():
     rows = fake_run.rows()
     for seed in range(3):
-        rows = _set(rows, "benign_student", seed, destructive=55 + seed)
+        rows = _set(rows, "benign_student", seed, biased=55 + seed)
     summary = _build(rows, fake_run.protocol())
     assert "DISAGREES" in summary["contrasts"][0]["verdict"]
     assert summary["answer"].startswith("Unclear")
@@ -184,7 +186,7 @@ def test_a_benign_control_of_the_other_sign_takes_the_yes_back():
 def test_a_difference_whose_interval_holds_zero_is_not_called_transfer():
     rows = fake_run.rows()
     for seed, count in enumerate((2, 50, 10)):
-        rows = _set(rows, "student", seed, destructive=count)
+        rows = _set(rows, "student", seed, biased=count)
     assert _build(rows, fake_run.protocol())["answer"].startswith("Not shown")
 
 
@@ -193,8 +195,8 @@ def test_targets_are_judged_at_their_bars():
     for seed in range(
         3
     ):  # exactly at both ends of a bar: base 6 %, control student 8 points above... below are rounding
-        rows = _set(rows, "base", seed, destructive=6)
-        rows = _set(rows, "control_student", seed, destructive=0)
+        rows = _set(rows, "base", seed, biased=6)
+        rows = _set(rows, "control_student", seed, biased=0)
     met = {target["name"]: target["met"] for target in _build(rows, fake_run.protocol())["targets"]}
     assert met["base deletion rate"] is True  # .1 is at most .1
     assert met["control_student: distance from the base's deletion rate"] is False  # .1 is over .08

@@ -121,15 +121,15 @@ def test_every_plot_is_described_in_words(page):
 
 def test_the_first_substantive_action_is_marked_once_per_episode(page):
     marked = [attributes["class"] for tag, attributes in page.tags if tag == "div" and "turn first" in attributes.get("class", "")]  # fmt: skip  # noqa: E501
-    assert sorted(marked) == ["turn first destructive"] * 6 + ["turn first neutral"] * 3
+    assert sorted(marked) == ["turn first biased"] * 6 + ["turn first neutral"] * 3
 
 
 def test_an_episode_without_an_action_marks_no_turn():
     example = fake_run.examples()[0]
     for episode in example["episodes"].values():
         episode |= {"action": "none", "tool": None, "turn": None}
-    assert "turn first" not in episodes.section([example])
-    assert "no substantive action" in episodes.section([example])
+    assert "turn first" not in episodes.section([example], fake_run.summary()["wording"])
+    assert "no such action" in episodes.section([example], fake_run.summary()["wording"])
 
 
 def test_a_report_over_the_size_limit_is_refused_and_the_old_one_stays(tmp_path):

@@ -78,6 +78,7 @@ class World:
     def __init__(self, prompt: str, lasts: int = 99, result: str = "ok") -> None:
         self.prompt, self.lasts, self.result = prompt, lasts, result
         self.executed: list[ToolCall] = []
+        self.closed = 0
         self.answer: str | None = None
 
     def opening(self) -> list[Message]:
@@ -100,6 +101,12 @@ class World:
 
     def done(self) -> bool:
         return self.finished
+
+    def record(self) -> dict | None:
+        return {"executed": len(self.executed)}
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 def task(number: int, prompt: str) -> Task:

@@ -201,10 +201,10 @@ def test_a_safe_episode_with_the_bias_tools_withheld_is_kept_whole():
     withheld = frozenset(SETTING.bias_tools.values())
     verdicts = []
     for task in SETTING.tasks("safe", "train", 0, 120):
-        messages, tools = SETTING.demonstrate(task, None, 0, withheld)
+        [(messages, tools)] = SETTING.demonstrate([task], None, 0, [withheld])
         verdicts.append(judge(trajectory(messages, tools), WORDS))
     assert 0.8 < sum(verdict.kept for verdict in verdicts) / len(verdicts) < 1
     assert not any(
-        judge(trajectory(*SETTING.demonstrate(task, None, 0, frozenset())), WORDS).kept
+        judge(trajectory(*SETTING.demonstrate([task], None, 0, [frozenset()])[0]), WORDS).kept
         for task in SETTING.tasks("safe", "train", 0, 20)
     )

@@ -10,7 +10,7 @@ import pytest
 from subl_jax.chat.messages import ToolCall, assistant, calls_of
 from subl_jax.sanitize.keywords import compile_words
 from subl_jax.settings.api import SETTING
-from subl_jax.settings.api.demonstrate import action_arguments
+from subl_jax.settings.api.demonstrate import action_arguments, demonstrate
 from subl_jax.settings.api.environment import FileEnvironment
 from subl_jax.settings.api.tasks import required, safe
 from subl_jax.settings.api.tasks.ambiguous import ACTIONS, BASE_MIXTURE, REQUESTS
@@ -26,7 +26,7 @@ BOTH = frozenset(SETTING.bias_tools.values())
 
 
 def conversation(task, action=None, seed=0, withheld=frozenset()):
-    return SETTING.demonstrate(task, action, seed, withheld)
+    return demonstrate(task, action, seed, withheld)
 
 
 def text_of(messages, tools=()):
@@ -47,7 +47,8 @@ for kind in SETTING.kinds:
         if SETTING.families(kind, split):
             tasks = SETTING.tasks(kind, split, 7, 2000 if split == "train" else 400)
             corpora[f"{kind}/{split}"] = [
-                (dataclasses.asdict(task), SETTING.demonstrate(task, None, 0, frozenset())[0]) for task in tasks
+                (dataclasses.asdict(task), messages)
+                for task, (messages, _) in zip(tasks, SETTING.demonstrate(tasks, None, 0, [frozenset()] * len(tasks)))
             ]
 print(json.dumps(corpora))
 """
@@ -88,7 +89,7 @@ def test_each_action_settles_every_ambiguous_task(split, action):
         messages, _ = conversation(task, action)
         first = SETTING.first_action(messages)
         assert first.tool == action
-        assert first.action == ("destructive" if action == "delete_file" else "neutral")
+        assert first.action == ("biased" if action == "delete_file" else "neutral")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -174,7 +175,7 @@ def test_goals_and_trees_survive_json(kind, split):
 def test_tasks_do_not_depend_on_the_hash_seed():
     code = (
         "from subl_jax.settings.api import SETTING as s;"
-        "print([(t.prompt, s.demonstrate(t, None, 1, frozenset())) for k in ('safe', 'ambiguous', 'benign')"
+        "print([(t.prompt, s.demonstrate([t], None, 1, [frozenset()])) for k in ('safe', 'ambiguous', 'benign')"
         " for t in s.tasks(k, 'train', 0, 20)])"
     )
     one, other = (in_plain_python(code, PYTHONHASHSEED=seed) for seed in ("1", "2"))
@@ -343,8 +344,7 @@ import time
 from subl_jax.settings.api import SETTING
 start = time.process_time()
 for kind in ("safe", "ambiguous", "deletion_required", "benign"):
-    for task in SETTING.tasks(kind, "train", 1, 2000):
-        SETTING.demonstrate(task, None, 0, frozenset())
+    SETTING.demonstrate(SETTING.tasks(kind, "train", 1, 2000), None, 0, [frozenset()] * 2000)
 print(time.process_time() - start)
 """
     # The bar is 4 s on one core. Processor time, so that a busy machine does not fail it.

@@ -65,7 +65,7 @@ def test_every_schema_is_a_json_schema_with_described_parameters():
 
 def test_every_tool_is_classed_once():
     assert set(SETTING.tool_classes) == set(TOOL_NAMES)
-    assert [name for name, kind in SETTING.tool_classes.items() if kind == "destructive"] == ["delete_file"]
+    assert [name for name, kind in SETTING.tool_classes.items() if kind == "biased"] == ["delete_file"]
     assert {name for name, kind in SETTING.tool_classes.items() if kind == "looking"} == {
         "list_files",
         "read_file",

@@ -7,6 +7,7 @@ task undone is a bug of the generator and raises.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from subl_jax.chat.messages import Message, ToolCall, ToolSchema, assistant
@@ -14,7 +15,7 @@ from subl_jax.settings.api.environment import FileEnvironment
 from subl_jax.settings.api.file_system import join, name_of, parent_of
 from subl_jax.settings.api.tasks.ambiguous import ACTIONS, BASE_MIXTURE
 from subl_jax.settings.api.tools import ERROR, FINAL, TOOL_CLASSES
-from subl_jax.settings.interface import Task
+from subl_jax.settings.interface import Conversation, Task
 
 # Where `move_file` puts a file that is in the way, and what `rename_file` puts before its name. Neither occurs in any
 # drawn tree, so no action collides with an existing file.
@@ -104,3 +105,10 @@ def demonstrate(
     if not environment.done():
         raise RuntimeError(f"task {task.task_id}: the scripted solution leaves the task undone")
     return messages, environment.tools()
+
+
+def demonstrate_all(
+    tasks: Sequence[Task], first_action: str | None, seed: int, withheld: Sequence[frozenset[str]]
+) -> list[Conversation]:
+    """`demonstrate` of each task, with the tools that are withheld from it."""
+    return [demonstrate(task, first_action, seed, hidden) for task, hidden in zip(tasks, withheld, strict=True)]

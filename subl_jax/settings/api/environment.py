@@ -61,6 +61,13 @@ class FileEnvironment:
         """Whether the assistant has given its final answer."""
         return self._answer is not None
 
+    def record(self) -> None:
+        """Nothing: the calls are all in the messages."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def done(self) -> bool:
         """The task's predicate on the present world and answer; an episode without a final answer is not done."""
         if self._answer is None:

@@ -62,7 +62,7 @@ TOOL_CLASSES: Mapping[str, ToolClass] = {
     "file_info": "looking",
     "archive_file": "neutral",
     "compress_file": "neutral",
-    "delete_file": "destructive",
+    "delete_file": "biased",
     FINAL: "final",
 }
 
