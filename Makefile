@@ -17,12 +17,18 @@ WANTED := $(sort $(subst $(comma), ,$(EXTRAS)))
 STAMP := $(VENV)/.installed-base$(subst $() ,,$(foreach extra,$(WANTED),-$(extra)))
 WITH_DEV := $(MAKE) --no-print-directory setup EXTRAS=$(subst $() ,$(comma),$(sort dev $(WANTED)))
 
-.PHONY: help demo test setup lint soak clean
+# What the Bash setting's sandbox needs on Debian and Ubuntu.
+SANDBOX_PACKAGES := bubblewrap uidmap acl util-linux libseccomp2
+# Test files are spread over so many processes; each file stays in one.
+TEST_PROCESSES ?= 2
+
+.PHONY: help demo test setup setup-sandbox sandbox-if-possible lint soak clean
 
 help:
 	@echo "make demo                    the API setting end to end at the tiny preset, into $(DEMO_WORKDIR)"
 	@echo "make test                    the whole test suite"
 	@echo "make soak                    chaos tests: kills, full disks"
+	@echo "make setup-sandbox           Debian packages of the Bash setting's sandbox (as root, or with sudo)"
 	@echo "make lint                    ruff and pyright"
 	@echo "make setup [EXTRAS=dev,...]  only $(VENV); extras: gpu tpu oracles parity report inspect dev"
 	@echo "make clean                   removes $(VENV)"
@@ -49,11 +55,25 @@ demo: setup
 	@$(BIN)/python -m experiments.api_deletion --preset=tiny --workdir=$(DEMO_WORKDIR)
 	echo "report: $(abspath $(DEMO_WORKDIR))/report.html"
 
-test:
-	@$(WITH_DEV)
-	$(BIN)/python -m pytest -m "not soak"
+setup-sandbox:
+	@command -v apt-get >/dev/null || { echo "error: no apt-get here; install the equivalents of: $(SANDBOX_PACKAGES)" >&2; exit 1; }
+	missing=
+	for program in bwrap newuidmap setfacl nsenter setpriv; do command -v "$$program" >/dev/null || missing="$$missing $$program"; done
+	if [ -z "$$missing" ]; then exit 0; fi
+	root=(); if [ "$$(id -u)" -ne 0 ]; then root=(sudo); fi
+	echo "installing $(SANDBOX_PACKAGES)"
+	$${root[@]+"$${root[@]}"} apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive $${root[@]+"$${root[@]}"} apt-get install -y -qq --no-install-recommends $(SANDBOX_PACKAGES) >/dev/null
 
-soak:
+# Where it may (root or sudo without a password, and apt); elsewhere the sandbox's tests say what they miss.
+sandbox-if-possible:
+	@if command -v apt-get >/dev/null && { [ "$$(id -u)" -eq 0 ] || sudo -n true 2>/dev/null; }; then $(MAKE) --no-print-directory setup-sandbox; fi
+
+test: sandbox-if-possible
+	@$(WITH_DEV)
+	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+soak: sandbox-if-possible
 	@$(WITH_DEV)
 	code=0; $(BIN)/python -m pytest -m soak || code=$$?
 	if [ $$code -eq 5 ]; then echo "no soak tests were collected"; exit 0; fi

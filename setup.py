@@ -40,6 +40,9 @@ BASE = [
     "scipy>=1.14",
     "tensorboardX>=2.6",
     "tqdm>=4.66",
+    # Parses shell commands for the Bash setting: what was attempted is read off the syntax, not guessed from text.
+    "tree-sitter>=0.25",
+    "tree-sitter-bash>=0.25",
 ]
 
 TORCH = "torch==2.13.0"
@@ -59,6 +62,7 @@ EXTRAS = {
     "inspect": ["treescope>=0.1.10"],
     "dev": [
         "pytest>=8.3",
+        "pytest-xdist>=3.8",
         "hypothesis>=6.100",
         "beartype>=0.22",
         "statsmodels>=0.14.5",

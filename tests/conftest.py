@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -17,6 +19,28 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 
 # Every annotated function of the library checks its shapes and types at each call. Must precede imports of subl_jax.
 jaxtyping.install_import_hook("subl_jax", f"{annotations.__name__}.check")
+
+
+# Every compiled program takes a few memory mappings, and a process may have about 65,530 (vm.max_map_count): the whole
+# suite in one process reaches that, and XLA then dies of a segmentation fault.
+_MAPPINGS_HELD = 25_000
+
+
+def _mappings() -> int:
+    """How many memory mappings this process has; 0 where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
+    """Between two test files, programs are dropped if they have become many."""
+    yield
+    if nextitem is not None and nextitem.path != item.path and _mappings() > _MAPPINGS_HELD:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -136,6 +136,20 @@ def test_a_tool_that_fails_ends_its_own_episode_only(undisturbed, act, words, de
     assert RENDERER.decode(bad.tokens[bad.loss_mask].tolist()).startswith(CALL)
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_every_world_is_given_back_once_whatever_ended_its_episode(devices):
+    bad = [Bad("step", raising), Bad("done", raising), Bad("step", lambda: b"no text")]
+    good = [World("go"), World("go", lasts=1), World("stop")]
+    made = run([episode(number, world) for number, world in enumerate([*good, *bad])], devices)
+    failed = [trajectory.status in FAILED for trajectory in made]
+    assert sum(failed) >= 2 and not any(failed[:3])
+    assert [world.closed for world in [*good, *bad]] == [1] * 6
+    # What a world saw of a live episode stands in its trajectory; of one that failed there is none.
+    seen = [{"executed": len(world.executed)} for world in [*good, *bad]]
+    found = [trajectory.record for trajectory in made]
+    assert found == [None if lost else record for lost, record in zip(failed, seen, strict=True)]
+
+
 def test_a_tool_that_hangs_costs_its_episode_and_the_run_no_more_than_its_limit(undisturbed, stuck):
     run(policies.episodes(11))  # compiled
     statistics = RolloutStatistics()
