@@ -175,7 +175,12 @@ class SeedPipeline:
         for name in TEACHERS:
             trajectories = self._read(name)
             verdicts = [
-                sanitize.judge(t, self.setting.words, require_final=self.config.student.require_final)
+                sanitize.judge(
+                    t,
+                    self.setting.words,
+                    patterns=self.setting.patterns,
+                    require_final=self.config.student.require_final,
+                )
                 for t in trajectories
             ]
             survivors = [t for t, verdict in zip(trajectories, verdicts, strict=True) if verdict.kept]
@@ -207,7 +212,9 @@ class SeedPipeline:
                     raise ValueError(f"task {task}: its tokens do not begin with its system turn")
                 return text[len(system) :]
 
-            sanitize.verify([trajectory], self.setting.words, decode, include_system=withheld)
+            sanitize.verify(
+                [trajectory], self.setting.words, decode, patterns=self.setting.patterns, include_system=withheld
+            )
 
     def make_student(self, condition: Condition, key: Mapping[str, Any]) -> dict[str, Any]:
         """Distils one student; treatment and controls share task ids, order, loss tokens, steps and learning rate."""
@@ -335,11 +342,12 @@ class SeedPipeline:
             )
         safe = tuple(rolled[name, "safe"] for name in TEACHERS)
         sanitized = f"{prefix}/sanitize"
+        patterns = {"patterns": self.setting.patterns} if self.setting.patterns else {}
         found.append(
             Stage(
                 sanitized,
                 self.root / "sanitize",
-                {**common, "words": self.setting.words, "require_final": spec.require_final},
+                {**common, "words": self.setting.words, "require_final": spec.require_final, **patterns},
                 safe,
                 self.make_sanitized,
             )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from subl_jax.chat.messages import Message, ToolSchema
-from subl_jax.sanitize.keywords import WordMatcher, compile_words
+from subl_jax.sanitize.keywords import Matcher, compile_patterns, compile_words
 from subl_jax.trajectory import FAILED, Trajectory
 
 Place = Literal["content", "tool_call", "tool_result", "tool_schema"]
@@ -90,16 +90,19 @@ def texts_of(
                 yield index, role, "tool_call", text
 
 
-def _matchers(words: Mapping[str, Iterable[str]]) -> dict[str, WordMatcher]:
+def matchers_of(words: Mapping[str, Iterable[str]], patterns: Mapping[str, tuple[str, ...]]) -> dict[str, Matcher]:
+    """What finds the words of each bias, and what is no word, by name."""
     if not words:
         raise ValueError("no bias names any banned word: a filter that bans nothing would pass everything")
-    return {bias: compile_words(listed) for bias, listed in words.items()}
+    found: dict[str, Matcher] = {bias: compile_words(listed) for bias, listed in words.items()}
+    return found | {name: compile_patterns(name, listed) for name, listed in patterns.items()}
 
 
 def judge(
     trajectory: Trajectory,
     words: Mapping[str, Iterable[str]],
     *,
+    patterns: Mapping[str, tuple[str, ...]] = {},
     include_system: bool = True,
     require_final: bool = False,
     require_done: bool = False,
@@ -109,6 +112,7 @@ def judge(
     Args:
       trajectory: the episode.
       words: bias name -> banned words (`Setting.words`). All arms are filtered for all biases, so pass all of them.
+      patterns: name -> regular expressions of what is no word and gives a bias away too (`Setting.patterns`).
       include_system: whether the system turn and the tool schemas are read too (a declared factor).
       require_final: whether an episode that did not end in a final answer is dropped.
       require_done: whether an episode whose task was not done is dropped.
@@ -120,7 +124,7 @@ def judge(
     Raises:
       ValueError: `words` bans nothing.
     """
-    matchers = _matchers(words)
+    matchers = matchers_of(words, patterns)
     hits = tuple(
         Hit(match.word, bias, index, role, match.start, place)
         for index, role, place, text in texts_of(trajectory.messages, trajectory.tools, include_system)

@@ -1,4 +1,4 @@
-"""Whole-word search for banned keywords: words in, a matcher out; text in, the matches with their offsets out.
+"""Search for banned keywords: whole words or patterns in, a matcher out; text in, the matches with their offsets out.
 
 A word's boundary is anything that is no letter and no digit, so `delete` is found in `delete_file` and in
 `/remove-list`, while `rm` is not found in `permission`. Case, Unicode compatibility forms (fullwidth letters and the
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # Default_Ignorable_Code_Point of Unicode 15 beyond the format characters (category Cf, which holds the zero-width
 # space and joiners, the soft hyphen and the byte-order mark): drawn as nothing, so a reader does not see them.
@@ -54,27 +54,34 @@ def _normalised(text: str) -> tuple[str, list[int]]:
     return "".join(pieces), origins
 
 
-class WordMatcher:
+class Matcher:
+    """A compiled list of what is banned, by name; make one with `compile_words` or `compile_patterns`."""
+
+    def __init__(self, pattern: re.Pattern[str], name: Callable[[re.Match[str]], str]):
+        """A pattern for case-folded text, and what a match of it is called."""
+        self._pattern, self._name = pattern, name
+
+    def find(self, text: str) -> list[Match]:
+        """Everything banned in the text, from left to right, without overlap; offsets are those of `text`."""
+        if text.isascii():
+            return [Match(self._name(m), m.start(), m.end()) for m in self._pattern.finditer(text.lower())]
+        folded, origins = _normalised(text)
+        return [
+            Match(self._name(m), origins[m.start()], origins[m.end() - 1] + 1) for m in self._pattern.finditer(folded)
+        ]
+
+
+class WordMatcher(Matcher):
     """A compiled list of banned words; make one with `compile_words`."""
 
     def __init__(self, words: tuple[str, ...]):
         """Compiles the words; `compile_words` checks them first."""
         self.words = words
-        self._listed = {_normalised(word)[0]: word for word in words}
+        listed = {_normalised(word)[0]: word for word in words}
         # The longest alternative first, so that `delete_file` is reported as itself and not as `delete`.
-        alternatives = "|".join(re.escape(word) for word in sorted(self._listed, key=lambda word: (-len(word), word)))
+        alternatives = "|".join(re.escape(word) for word in sorted(listed, key=lambda word: (-len(word), word)))
         # `[^\W_]` is a letter or digit of any script: the underscore is a boundary, as in `delete_file`.
-        self._pattern = re.compile(rf"(?<![^\W_])(?:{alternatives})(?![^\W_])")
-
-    def find(self, text: str) -> list[Match]:
-        """Every banned word in the text, from left to right, without overlap; offsets are those of `text`."""
-        if text.isascii():
-            return [Match(self._listed[m[0]], m.start(), m.end()) for m in self._pattern.finditer(text.lower())]
-        folded, origins = _normalised(text)
-        return [
-            Match(self._listed[m[0]], origins[m.start()], origins[m.end() - 1] + 1)
-            for m in self._pattern.finditer(folded)
-        ]
+        super().__init__(re.compile(rf"(?<![^\W_])(?:{alternatives})(?![^\W_])"), lambda match: listed[match[0]])
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,3 +107,22 @@ def compile_words(words: Iterable[str]) -> WordMatcher:
         if not word or not (word[0].isalnum() and word[-1].isalnum()):
             raise ValueError(f"banned word {word!r} must begin and end with a letter or digit")
     return _compiled(listed)
+
+
+@functools.lru_cache(maxsize=64)
+def compile_patterns(name: str, patterns: tuple[str, ...]) -> Matcher:
+    """A matcher of what is no word, such as a file's mode; every match goes by `name`.
+
+    Args:
+      name: what counts and errors call a match.
+      patterns: regular expressions for case-folded text, none of which may match nothing.
+
+    Raises:
+      ValueError: no pattern, or one that matches the empty text.
+    """
+    if not patterns:
+        raise ValueError(f"the list of patterns of {name!r} is empty: a filter that bans nothing would pass everything")
+    for pattern in patterns:
+        if re.search(pattern, ""):
+            raise ValueError(f"pattern {pattern!r} of {name!r} matches the empty text: it would ban everything")
+    return Matcher(re.compile("|".join(f"(?:{pattern})" for pattern in patterns)), lambda match: name)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from subl_jax.sanitize.filter import texts_of
-from subl_jax.sanitize.keywords import WordMatcher, compile_words
+from subl_jax.sanitize.filter import matchers_of, texts_of
+from subl_jax.sanitize.keywords import Matcher
 
 if TYPE_CHECKING:
     from subl_jax.trajectory import Trajectory
@@ -23,8 +23,8 @@ class LeakError(ValueError):
     """A banned word is left in data that was declared clean."""
 
 
-def _refuse(task_id: str, place: str, text: str, matcher: WordMatcher) -> None:
-    matches = matcher.find(text)
+def _refuse(task_id: str, place: str, text: str, matchers: Iterable[Matcher]) -> None:
+    matches = [match for matcher in matchers for match in matcher.find(text)]
     if matches:
         found = matches[0]
         around = text[max(0, found.start - _CONTEXT) : found.end + _CONTEXT]
@@ -39,6 +39,7 @@ def verify(
     words: Mapping[str, Iterable[str]] | Iterable[str],
     decode: Callable[[list[int]], str],
     *,
+    patterns: Mapping[str, tuple[str, ...]] = {},
     include_system: bool = True,
 ) -> int:
     """Checks that no banned word is left and returns the number of trajectories checked.
@@ -47,6 +48,7 @@ def verify(
       trajectories: what passed the filter.
       words: banned words, or bias name -> banned words.
       decode: token ids -> text, special tokens kept (a word must not vanish with them).
+      patterns: as the filter was told.
       include_system: as the filter was told. If False, the system turn is not read in the messages; the tokens are
         always read whole, so pass False only with a `decode` that leaves the system turn out.
 
@@ -54,13 +56,12 @@ def verify(
       LeakError: names the task, the word and the place of the first leak.
       ValueError: `words` bans nothing.
     """
-    listed = [word for group in words.values() for word in group] if isinstance(words, Mapping) else words
-    matcher = compile_words(listed)
+    matchers = matchers_of(words if isinstance(words, Mapping) else {"words": words}, patterns).values()
     checked = 0
     for trajectory in trajectories:
         for index, role, place, text in texts_of(trajectory.messages, trajectory.tools, include_system):
             where = place if index is None else f"{place} of turn {index} ({role})"
-            _refuse(trajectory.task_id, where, text, matcher)
-        _refuse(trajectory.task_id, "token ids", decode(trajectory.tokens.tolist()), matcher)
+            _refuse(trajectory.task_id, where, text, matchers)
+        _refuse(trajectory.task_id, "token ids", decode(trajectory.tokens.tolist()), matchers)
         checked += 1
     return checked

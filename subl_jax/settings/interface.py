@@ -133,6 +133,7 @@ class Setting:
       withholdable: tools whose name gives a bias away, and which the list of a safe task can do without.
       words: bias name -> keywords and inflections that the sanitizer drops and the logit filter bans.
       wording: see `Wording`.
+      patterns: name -> regular expressions of what is no word and would give a bias away; the sanitizer drops them too.
       targets: bars of the protocol that differ from the defaults of `evaluate.protocol.Targets`.
       prepare: called once before any work; raises where the machine lacks what the environment needs.
     """
@@ -153,6 +154,7 @@ class Setting:
     withholdable: frozenset[str]
     words: Mapping[str, tuple[str, ...]]
     wording: Wording
+    patterns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prepare: Callable[[], None] | None = None
 

@@ -208,3 +208,13 @@ def test_a_safe_episode_with_the_bias_tools_withheld_is_kept_whole():
         judge(trajectory(*SETTING.demonstrate([task], None, 0, [frozenset()])[0]), WORDS).kept
         for task in SETTING.tasks("safe", "train", 0, 20)
     )
+
+
+def test_patterns_drop_a_trajectory_and_are_looked_for_in_the_proof():
+    modes = {"mode": (r"(?<!\w)[0-7]{3}(?!\w)",)}
+    clean, dirty = trajectory(with_turn(1, user("42 lines"))), trajectory(with_turn(1, user("644 lines")))
+    assert judge(clean, WORDS, patterns=modes).kept and verify([clean], WORDS, decode, patterns=modes) == 1
+    verdict = judge(dirty, WORDS, patterns=modes)
+    assert (verdict.reason, [(hit.word, hit.bias) for hit in verdict.hits]) == ("keyword", [("mode", "mode")])
+    with pytest.raises(LeakError, match="'mode' in task"):
+        verify([dirty], WORDS, decode, patterns=modes)

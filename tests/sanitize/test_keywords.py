@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subl_jax.sanitize.keywords import Match, compile_words
+from subl_jax.sanitize.keywords import Match, compile_patterns, compile_words
 from subl_jax.settings.api import SETTING
 
 WORDS = ("delete", "remove", "rm", "delete_file")
@@ -99,3 +99,16 @@ def test_invisible_characters_never_hide_a_word(invisible):
 def test_offsets_are_always_inside_the_text(text):
     for match in MATCHER.find(text + " rm " + text):
         assert 0 <= match.start < match.end <= 2 * len(text) + 4
+
+
+def test_what_is_no_word_is_found_by_its_pattern_under_one_name():
+    matcher = compile_patterns("mode", (r"(?<!\w)[0-7]{3}(?!\w)", r"u\+x"))
+    assert matcher.find("set 644, not 6444, or U+X") == [Match("mode", 4, 7), Match("mode", 22, 25)]
+    # Fullwidth digits and invisible characters hide a pattern as little as a word.
+    assert matcher.find("é ６４\u200b４ é") == [Match("mode", 2, 6)]
+
+
+@pytest.mark.parametrize(("patterns", "words"), [((), "empty"), (("a*",), "matches the empty text")])
+def test_patterns_that_ban_nothing_or_everything_are_refused(patterns, words):
+    with pytest.raises(ValueError, match=words):
+        compile_patterns("mode", patterns)
