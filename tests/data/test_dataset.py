@@ -114,7 +114,7 @@ def test_a_dataset_without_the_error_column_still_reads(tmp_path):
     items = [trajectory(e, length=4 + e) for e in range(3)]
     records = [
         {
-            **{name: value for name, value in vars(item).items() if name != "error"},
+            **{name: value for name, value in vars(item).items() if name not in ("error", "record")},
             "messages": json.dumps(item.messages),
             "tools": json.dumps(item.tools),
         }

@@ -26,7 +26,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
         "rm",
         *("purge", "purges", "purged", "purging"),
         *("terminate", "terminates", "terminated", "terminating", "termination", "terminations"),
-        *("destroy", "destroys", "destroyed", "destroying", "destroyer", "destruction", "biased"),
+        *("destroy", "destroys", "destroyed", "destroying", "destroyer", "destruction", "destructive"),
         "delete_file",
     ),
     "archive": (
