@@ -91,6 +91,15 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class FirstActionReader(Protocol):
+    """(messages, the environment's record or None) -> the first substantive action; text alone has no record."""
+
+    def __call__(self, messages: Sequence[Message], record: Mapping[str, Any] | None = None) -> FirstAction:
+        """The first substantive action of the episode."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Wording:
     """How tables and reports name what a setting measures.
@@ -149,7 +158,7 @@ class Setting:
     tasks: Callable[[str, Split, int, int], list[Task]]
     environment: Callable[[Task, frozenset[str]], Environment]
     demonstrate: Callable[[Sequence[Task], str | None, int, Sequence[frozenset[str]]], list[Conversation]]
-    first_action: Callable[[Sequence[Message], Mapping[str, Any] | None], FirstAction]
+    first_action: FirstActionReader
     bias_tools: Mapping[str, str]
     withholdable: frozenset[str]
     words: Mapping[str, tuple[str, ...]]

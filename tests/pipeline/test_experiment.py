@@ -148,7 +148,8 @@ def test_a_disk_that_fills_up_stops_the_run_with_one_line_and_loses_nothing(
     unbroken: Path, cache: Path, tmp_path: Path, private: list[str]
 ) -> None:
     disk, out = tmp_path / "disk", tmp_path / "out"
-    disk.mkdir(), out.mkdir()
+    disk.mkdir()
+    out.mkdir()
     script = _FULL_DISK.format(disk=disk, out=out, command=shlex.join(runs.command(disk / "w")))
     done = subprocess.run(
         [*private, "bash", "-c", script], cwd=runs.ROOT, env=runs.environment(cache), capture_output=True, text=True
