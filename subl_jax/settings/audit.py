@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 from subl_jax.settings.interface import Task
 
 _WORD = re.compile(r"[^\W_]+")
-_PATH = re.compile(r"(?:/[\w.-]*\w)+")
+# Absolute, or relative to a home: `/work/a.txt`, `work/a.txt`.
+_PATH = re.compile(r"[\w.-]*(?:/[\w.-]*\w)+")
 _SHINGLE = 3
 
 Aspect = Literal["family", "template", "path"]

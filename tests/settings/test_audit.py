@@ -90,3 +90,9 @@ def test_an_evaluation_path_in_a_training_text_is_refused():
     with pytest.raises(SharedWithTrainingError, match="training text"):
         assert_disjoint([task("x", tree=["/a/b.txt"])], [], ['{"to": "/a/b.txt"}'])
     assert_disjoint([task("x", tree=["/a/b.txt"])], [], ['{"to": "/a/b.txt.bak /z/a/b.txt"}'])
+
+
+def test_a_relative_evaluation_path_in_a_training_text_is_refused():
+    with pytest.raises(SharedWithTrainingError, match="training text"):
+        assert_disjoint([task("x", tree=["a/b.txt"])], [], ['{"command":"cat a/b.txt"}'])
+    assert_disjoint([task("x", tree=["a/b.txt"])], [], ['{"command":"cat z/a/b.txt a/b.txt.bak"}'])
