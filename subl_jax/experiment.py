@@ -17,18 +17,19 @@ from absl import flags, logging
 
 from subl_jax import artifacts, sources
 from subl_jax import config as configuration
-from subl_jax.config import PAIRS, PRESETS, ExperimentConfig
+from subl_jax.config import PAIRS, ExperimentConfig
 from subl_jax.evaluate import protocol as protocols
 from subl_jax.evaluate import summary as summaries
 from subl_jax.metrics.writers import read_metrics
 from subl_jax.parallel.devices import configure_cpu
+from subl_jax.presets import PRESETS
 from subl_jax.rollout.sampling import SamplingConfig
 from subl_jax.settings.interface import Setting
 from subl_jax.settings.registry import get_setting
 
 
-def define_flags() -> None:
-    """The flags that every experiment has, and one per configuration field."""
+def define_flags(setting: str = "api") -> None:
+    """The flags that every experiment has, and one per configuration field; defaults are told for the setting."""
     flags.DEFINE_enum(
         "preset",
         "tiny",
@@ -63,7 +64,7 @@ def define_flags() -> None:
         "Write a trace of a few steps of every model that is trained, into `profile/` beside it, for TensorBoard or Perfetto.",
     )
     flags.DEFINE_bool("freeze_protocol", False, "Write the protocol of these flags as the frozen one, and stop.")
-    configuration.define_flags(PRESETS["tiny"]())
+    configuration.define_flags(PRESETS["tiny"](setting))
 
 
 def config_from_flags(setting: str) -> ExperimentConfig:

@@ -9,10 +9,11 @@ import functools
 import pytest
 from absl import flags
 
-from subl_jax import artifacts, config
-from subl_jax.config import PRESETS, ExperimentConfig, StudentConfig, override
+from subl_jax import artifacts, config, presets
+from subl_jax.config import ExperimentConfig, StudentConfig, override
+from subl_jax.presets import PRESETS
 
-TINY = config.tiny()
+TINY = presets.tiny()
 
 
 @functools.cache
@@ -159,7 +160,7 @@ def test_an_unknown_field_is_refused_with_the_nearest():
 def test_lists_become_tuples_and_the_original_stays():
     changed = override(TINY, {"config.student.objectives": ["full"]})
     assert changed.student.objectives == ("full",)
-    assert TINY == config.tiny() and changed != TINY
+    assert TINY == presets.tiny() and changed != TINY
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subl_jax import config, dry_run, pipeline
+from subl_jax import config, dry_run, pipeline, presets
 from subl_jax.config import ExperimentConfig, override
 from subl_jax.distill import memory
 from subl_jax.distill.objective import Objective
@@ -25,7 +25,7 @@ from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel.layout import Layout, LayoutError, MeshConfig, abstract_mesh, make_mesh
 from subl_jax.rollout.programs import Programs
 
-PAPER = dataclasses.replace(config.paper(), pair="large_small")
+PAPER = dataclasses.replace(presets.paper(), pair="large_small")
 LLAMA_8B, LLAMA_3B = 8_030_261_248, 3_212_749_824  # as Meta's model cards and safetensors headers have them
 
 
@@ -59,10 +59,10 @@ def test_the_papers_models_have_the_published_number_of_parameters():
     assert models["student"]["trainable"] == 16 * 28 * (2 * (3072 + 3072) + 2 * (3072 + 1024)) == 9_175_040
 
 
-@pytest.mark.parametrize("name", config.PRESETS)
+@pytest.mark.parametrize("name", presets.PRESETS)
 @pytest.mark.parametrize("pair", config.PAIRS)
 def test_every_preset_and_pair_is_described_by_the_formula_and_rendered(name, pair):
-    experiment = dataclasses.replace(config.PRESETS[name](), pair=pair)
+    experiment = dataclasses.replace(presets.PRESETS[name](), pair=pair)
     described = dry_run.describe(experiment)
     for role in described["models"].values():
         assert (role["params"], role["params_without_embedding_and_head"]) == by_formula(experiment.model(role["size"]))
@@ -74,7 +74,7 @@ def test_every_preset_and_pair_is_described_by_the_formula_and_rendered(name, pa
 
 
 def test_what_is_trained_from_scratch_has_a_base_and_trains_all_its_parameters():
-    described = dry_run.describe(dataclasses.replace(config.tiny(), pair="large_small"))
+    described = dry_run.describe(dataclasses.replace(presets.tiny(), pair="large_small"))
     assert set(described["models"]) == {"teacher", "student", "base/large", "base/small"}
     assert [s["name"] for s in described["stages"]][:3] == ["base/large", "base/small", "teachers"]
     assert all(m["trainable"] == m["params"] and m["lora"] is None for m in described["models"].values())
@@ -82,10 +82,10 @@ def test_what_is_trained_from_scratch_has_a_base_and_trains_all_its_parameters()
 
 def test_a_checkpoint_has_no_base_stage_unless_it_is_trained_further():
     named = {"config.teacher.checkpoint": "models/large"}
-    described = dry_run.describe(override(config.tiny(), named))
+    described = dry_run.describe(override(presets.tiny(), named))
     assert [s["name"] for s in described["stages"]] == ["teachers", "students/full", "students/anchor"]
     assert described["models"]["teacher"]["source"] == "models/large"
-    further = dry_run.describe(override(config.tiny(), {**named, "config.base.continue_training": True}))
+    further = dry_run.describe(override(presets.tiny(), {**named, "config.base.continue_training": True}))
     assert further["stages"][0]["name"] == "base/large"
     assert further["models"]["base/large"]["source"] == "models/large"
 
@@ -119,7 +119,7 @@ def test_flops_of_the_papers_steps_by_hand():
 
 
 def test_hard_labels_have_no_teacher_and_float32_no_estimate_of_time():
-    tiny = override(config.tiny(), {"config.student.objectives": ["full", "hard", "drop", "positive"]})
+    tiny = override(presets.tiny(), {"config.student.objectives": ["full", "hard", "drop", "positive"]})
     described = dry_run.describe(tiny)
     full, hard, drop, positive = (stage(described, f"students/{arm}") for arm in tiny.student.objectives)
     teacher_forward = full["flops_per_step_at_most"] - hard["flops_per_step_at_most"]
@@ -131,7 +131,7 @@ def test_hard_labels_have_no_teacher_and_float32_no_estimate_of_time():
 
 
 def test_tokens_and_epochs_are_bounds_that_know_of_growing_rows():
-    described = dry_run.describe(config.tiny())  # rows of 192, trajectories of up to 256
+    described = dry_run.describe(presets.tiny())  # rows of 192, trajectories of up to 256
     full = stage(described, "students/full")
     assert (full["row_tokens"], full["row_tokens_at_most"], full["tokens_per_step_at_most"]) == (192, 256, 1024)
     assert stage(described, "teachers")["tokens_per_step_at_most"] == 4 * 192
@@ -144,7 +144,7 @@ def test_tokens_and_epochs_are_bounds_that_know_of_growing_rows():
 @pytest.mark.parametrize("benign", [["full"], [], ["full", "anchor", "hard"]])
 def test_the_students_are_those_of_the_pipeline(benign):
     arms = ["full", "anchor", "hard", "drop", "positive"]
-    tiny = override(config.tiny(), {"config.student.objectives": arms, "config.student.benign_objectives": benign})
+    tiny = override(presets.tiny(), {"config.student.objectives": arms, "config.student.benign_objectives": benign})
     made = [condition.arm for condition in pipeline.students(tiny)]
     assert {arm: made.count(arm) for arm in arms} == {arm: dry_run.students_of(tiny.student, arm) for arm in arms}
     assert len(pipeline.TEACHERS) == dry_run.TEACHERS
@@ -267,7 +267,7 @@ def test_the_cache_of_a_rollout_by_hand():
 
 
 def test_the_cache_of_a_rollout_is_what_its_programs_allocate():
-    tiny = override(config.tiny(), {"config.rollout.slots": 3, "config.engine.groups": 3})
+    tiny = override(presets.tiny(), {"config.rollout.slots": 3, "config.engine.groups": 3})
     programs = Programs(tiny.large, tiny.rollout, jax.local_devices()[:1])
     caches = [programs.kept(), *(programs.slots().cache for _ in range(tiny.engine.groups))]
     allocated = sum(leaf.nbytes for cache in caches for leaf in jax.tree.leaves((cache.keys, cache.values)))

@@ -13,10 +13,11 @@ from absl import flags, logging
 
 from subl_jax import artifacts, sources
 from subl_jax import config as configuration
-from subl_jax.config import PAIRS, PRESETS, ExperimentConfig
+from subl_jax.config import PAIRS, ExperimentConfig
 from subl_jax.distill.objective import Loss
 from subl_jax.experiment import config_from_flags, seeds_from_flags
 from subl_jax.parallel.devices import configure_cpu
+from subl_jax.presets import PRESETS
 from subl_jax.settings.registry import get_setting
 
 if TYPE_CHECKING:

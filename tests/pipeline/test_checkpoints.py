@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subl_jax import checkpoint, config, data
+from subl_jax import checkpoint, data, presets
 from subl_jax.chat import tokenizer as tokenizers
 from subl_jax.corpus import tokenizer_texts
 from subl_jax.models import convert
@@ -184,7 +184,7 @@ def test_a_folder_without_tokenizer_or_with_another_vocabulary_is_refused(cache:
     assert done.returncode == 1 and "have different tokenizers: id " in done.stderr, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("preset", sorted(config.PRESETS))
+@pytest.mark.parametrize("preset", sorted(presets.PRESETS))
 def test_a_dry_run_needs_neither_weights_nor_a_directory(preset: str, cache: Path, tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from subl_jax import artifacts, conditions, config, experiment
+from subl_jax import artifacts, conditions, config, experiment, presets
 from subl_jax.config import override
 from subl_jax.evaluate import protocol as protocols
 from subl_jax.models import decoder
@@ -18,7 +18,7 @@ from subl_jax.pipeline import SeedPipeline
 from subl_jax.rollout import memory
 from subl_jax.settings.api import SETTING
 
-TINY = config.tiny()
+TINY = presets.tiny()
 PROTOCOLS = Path(__file__).parents[2] / "experiments" / "protocols"
 
 

@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from subl_jax.config import micro
+from subl_jax.presets import micro
 from subl_jax.studies.on_policy import StudyConfig
 from subl_jax.studies.on_policy_command import build_result
 
