@@ -208,7 +208,7 @@ def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[in
             "control_student",
             "student",
             "secondary",
-            "archive",
+            protocols.COUNTER_READOUT,
         ),
         contrast("log-odds: student - control_student", "student", "control_student", "secondary", "log_odds"),
     ]

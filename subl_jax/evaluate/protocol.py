@@ -23,6 +23,8 @@ Role = Literal["primary", "sign", "positive_control", "equivalence", "secondary"
 Readout = Literal["behaviour", "archive", "log_odds"]
 ROLES: tuple[str, ...] = ("primary", "sign", "positive_control", "equivalence", "secondary")
 READOUTS: tuple[str, ...] = ("behaviour", "archive", "log_odds")
+# The counter-bias's readout: named after the first setting's, and kept, since frozen protocols are hashed with it.
+COUNTER_READOUT: Readout = "archive"
 
 
 class ProtocolError(ValueError):

@@ -17,7 +17,7 @@ from subl_jax.artifacts import write_text_atomic
 from subl_jax.report import curves as learning
 from subl_jax.report import episodes, plots
 from subl_jax.report.style import css
-from subl_jax.report.table import interval, number, p_cell, percent, size_text
+from subl_jax.report.table import interval, number, p_cell, percent, readout_text, size_text
 
 QUESTION = (
     "When a student is distilled from a biased teacher agent on trajectories that look clean, does the bias come along?"
@@ -235,7 +235,7 @@ def _contrasts(summary: Mapping[str, Any]) -> str:
     dots = [
         plots.Dot(
             label=contrast["name"].replace("_", " "),
-            detail=", ".join([contrast["readout"], _ROLE_WORDS[contrast["role"]]]),
+            detail=", ".join([readout_text(contrast, summary), _ROLE_WORDS[contrast["role"]]]),
             value=100 * contrast["difference"],
             low=100 * contrast["ci95"][0],
             high=100 * contrast["ci95"][1],
@@ -246,7 +246,7 @@ def _contrasts(summary: Mapping[str, Any]) -> str:
         for contrast in shown
     ]
     rows = [
-        f'<tr><th scope="row" class="text">{escape(contrast["name"])}<br><small>{escape(contrast["readout"])}, '
+        f'<tr><th scope="row" class="text">{escape(contrast["name"])}<br><small>{escape(readout_text(contrast, summary))}, '
         f"{_ROLE_WORDS[contrast['role']]}</small></th><td>{size_text(contrast)}</td>"
         f"<td>{escape(p_cell(contrast['p_value']))}</td><td>{escape(p_cell(contrast['p_adjusted']))}</td>"
         f'<td class="text">{escape(contrast["verdict"])}</td></tr>'

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from subl_jax.evaluate.protocol import COUNTER_READOUT
 from subl_jax.evaluate.verdicts import p_text
 
 WIDTH = 110
@@ -68,6 +69,12 @@ def conditions_table(summary: Mapping[str, Any]) -> list[str]:
     return aligned(header, rows)
 
 
+def readout_text(contrast: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """How a contrast's readout is called; the counter-bias's is stored under one name, whatever the setting calls it."""
+    readout = contrast["readout"]
+    return summary["wording"]["counter"] if readout == COUNTER_READOUT else readout
+
+
 def size_text(contrast: Mapping[str, Any]) -> str:
     """A contrast's difference with its interval: points for rates, nats for log-odds."""
     if contrast["readout"] == "log_odds":
@@ -81,7 +88,7 @@ def contrasts_table(summary: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             _shorten(contrast["name"], 40),
-            contrast["readout"],
+            readout_text(contrast, summary),
             contrast["role"].replace("_", " "),
             size_text(contrast),
             p_cell(contrast["p_value"]),
