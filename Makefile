@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed-base$(subst $() ,,$(foreach extra,$(WANTED),-$(extra
 WITH_DEV := $(MAKE) --no-print-directory setup EXTRAS=$(subst $() ,$(comma),$(sort dev $(WANTED)))
 
 # What the Bash setting's sandbox needs on Debian and Ubuntu.
-SANDBOX_PACKAGES := bubblewrap uidmap acl util-linux libseccomp2
+SANDBOX_PACKAGES := bubblewrap uidmap acl
 # Test files are spread over so many processes; each file stays in one.
 TEST_PROCESSES ?= 2
 
@@ -58,7 +58,7 @@ demo: setup
 setup-sandbox:
 	@command -v apt-get >/dev/null || { echo "error: no apt-get here; install the equivalents of: $(SANDBOX_PACKAGES)" >&2; exit 1; }
 	missing=
-	for program in bwrap newuidmap setfacl nsenter setpriv; do command -v "$$program" >/dev/null || missing="$$missing $$program"; done
+	for program in bwrap newuidmap setfacl; do command -v "$$program" >/dev/null || missing="$$missing $$program"; done
 	if [ -z "$$missing" ]; then exit 0; fi
 	root=(); if [ "$$(id -u)" -ne 0 ]; then root=(sudo); fi
 	echo "installing $(SANDBOX_PACKAGES)"

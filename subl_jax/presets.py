@@ -21,7 +21,7 @@ from subl_jax.rollout.sampling import SamplingConfig
 
 def tiny(setting: str = "api") -> ExperimentConfig:
     """Minutes on two CPU cores: organisms of 10^5 parameters trained from scratch."""
-    return ExperimentConfig(
+    config = ExperimentConfig(
         setting=setting,
         preset="tiny",
         large=_organism(d_model=64, num_layers=2, num_heads=4, d_ff=176),
@@ -67,6 +67,14 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         ),
         rollout=SamplingConfig(),
     )
+    return _with_a_shell(config) if setting == "bash" else config
+
+
+def _with_a_shell(config: ExperimentConfig) -> ExperimentConfig:
+    """Commands are written in many ways: a base needs more of them, and longer. Chosen on development seeds 100 and 101."""
+    base = dataclasses.replace(config.base, train=dataclasses.replace(config.base.train, steps=6000), safe_tasks=8000)
+    # Episodes wait for their sandboxes: more slots than these would stand empty, and be computed all the same.
+    return dataclasses.replace(config, base=base, rollout=dataclasses.replace(config.rollout, slots=16))
 
 
 def _organism(d_model: int, num_layers: int, num_heads: int, d_ff: int) -> ModelConfig:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from subl_jax.settings.interface import Setting
 
 # Name -> the module that exports `SETTING`.
-SETTINGS: Mapping[str, str] = {"api": "subl_jax.settings.api"}
+SETTINGS: Mapping[str, str] = {"api": "subl_jax.settings.api", "bash": "subl_jax.settings.bash"}
 
 
 def get_setting(name: str) -> Setting:

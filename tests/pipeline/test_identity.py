@@ -17,13 +17,14 @@ from subl_jax.models import decoder
 from subl_jax.pipeline import SeedPipeline
 from subl_jax.rollout import memory
 from subl_jax.settings.api import SETTING
+from subl_jax.settings.registry import get_setting
 
 TINY = presets.tiny()
 PROTOCOLS = Path(__file__).parents[2] / "experiments" / "protocols"
 
 
-def changed(**fields: Any) -> config.ExperimentConfig:
-    return override(TINY, {f"config.{name.replace('__', '.')}": value for name, value in fields.items()})
+def changed(preset: config.ExperimentConfig = TINY, **fields: Any) -> config.ExperimentConfig:
+    return override(preset, {f"config.{name.replace('__', '.')}": value for name, value in fields.items()})
 
 
 def acting_keys(run: config.ExperimentConfig, workdir: Path) -> list[str]:
@@ -42,7 +43,8 @@ ENGINE = {
 @pytest.mark.parametrize("path", sorted(PROTOCOLS.glob("*.json")), ids=lambda path: path.stem)
 def test_what_the_tiny_preset_measures_is_what_was_frozen(path, engine):
     frozen = protocols.load(path)
-    ours = experiment.make_protocol(changed(**engine), SETTING, frozen.seeds)
+    preset = changed(presets.tiny(frozen.setting), **engine)
+    ours = experiment.make_protocol(preset, get_setting(frozen.setting), frozen.seeds)
     # Contrasts and controls follow the arms of a run; all else is the preset's.
     arms = {"contrasts": frozen.contrasts, "controls": frozen.controls}
     assert protocols.deviations(frozen, dataclasses.replace(ours, **arms)) == []
