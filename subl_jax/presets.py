@@ -71,10 +71,18 @@ def tiny(setting: str = "api") -> ExperimentConfig:
 
 
 def _with_a_shell(config: ExperimentConfig) -> ExperimentConfig:
-    """Commands are written in many ways: a base needs more of them, and longer. Chosen on development seeds 100 and 101."""
-    base = dataclasses.replace(config.base, train=dataclasses.replace(config.base.train, steps=6000), safe_tasks=8000)
-    # Episodes wait for their sandboxes: more slots than these would stand empty, and be computed all the same.
-    return dataclasses.replace(config, base=base, rollout=dataclasses.replace(config.rollout, slots=16))
+    """Commands are written in many ways: a base needs more of them. Chosen on development seeds 100 to 102."""
+    base = dataclasses.replace(
+        config.base,
+        train=dataclasses.replace(config.base.train, steps=6400),
+        safe_tasks=8000,
+        ambiguous_tasks=2000,
+    )
+    # Every episode takes 30 ms of two cores for its sandbox, far more than the model does. So fewer of them and one arm by
+    # default; and more slots than these would stand empty, and be computed all the same.
+    student = dataclasses.replace(config.student, safe_tasks=700, objectives=("full",))
+    rollout = dataclasses.replace(config.rollout, slots=16)
+    return dataclasses.replace(config, base=base, student=student, rollout=rollout)
 
 
 def _organism(d_model: int, num_layers: int, num_heads: int, d_ff: int) -> ModelConfig:
