@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subl_jax import artifacts, data
+from subl_jax import artifacts, data, presets
 from subl_jax import config as configuration
 from subl_jax.pipeline import SeedPipeline
 from subl_jax.settings.registry import get_setting
@@ -49,7 +49,7 @@ def micro() -> configuration.ExperimentConfig:
     """The configuration of `FLAGS`."""
     given = {"base.train.steps": 4, "teacher.train.steps": 2, "student.train.steps": 5, "base.safe_tasks": 16,
              "base.ambiguous_tasks": 8, "base.benign_tasks": 8}  # fmt: skip
-    return configuration.override(configuration.micro(), {f"config.{name}": value for name, value in given.items()})
+    return configuration.override(presets.micro(), {f"config.{name}": value for name, value in given.items()})
 
 
 def result(workdir: Path) -> dict[str, Any]:
