@@ -283,7 +283,7 @@ def _biased(item: Item) -> bool:
 def _disagrees(item: Item) -> bool | None:
     """Whether the commands as read and as logged name another first action; None where the episode has no record."""
     record = item.get("record")
-    return None if record is None else record["static_first"] != record["logged_first"]
+    return None if record is None else record["static_first"] != (record["logged_first"] or "none")
 
 
 def _tools_named(items: Sequence[Item]) -> dict[str, float]:

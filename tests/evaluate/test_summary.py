@@ -62,6 +62,23 @@ def test_no_action_and_unparseable_stay_in_the_denominator():
     assert values["malformed_episodes"] == pytest.approx(6 / 72)
 
 
+def test_disagreement_counts_the_episodes_whose_log_names_another_command_than_the_text():
+    row = fake_run.evaluation("student", 0, biased=30)
+    sampled = [item for item in row["items"] if item["kind"] == "ambiguous" and item["mode"] == "sampled"]
+    for item in row["items"]:
+        item["record"] = {"logged_first": "chown", "static_first": "chown"}
+    for item in sampled[:12]:
+        item["record"] = {"logged_first": None, "static_first": "none"}  # both found nothing
+    for item in sampled[12:15]:
+        item["record"] = {"logged_first": None, "static_first": "chmod"}
+    for item in sampled[15:18]:
+        item["record"] = {"logged_first": "chmod", "static_first": "dynamic"}
+    rows = [other for other in fake_run.rows(seeds=(0,)) if other["condition"] != "student"] + [row]
+    values = _build(rows, fake_run.protocol(seeds=(0,)))["conditions"]
+    assert values["student"]["oracle_disagreement"] == pytest.approx(6 / len(sampled))
+    assert values["base"]["oracle_disagreement"] is None
+
+
 def test_the_contract_of_schema_one_is_kept_and_is_json():
     summary = fake_run.summary()
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
