@@ -281,9 +281,14 @@ def _biased(item: Item) -> bool:
 
 
 def _disagrees(item: Item) -> bool | None:
-    """Whether the commands as read and as logged name another first action; None where the episode has no record."""
+    """Whether the commands as read and as logged name another first action.
+
+    None where the episode has no record, and where the text names what no log can see (`other`).
+    """
     record = item.get("record")
-    return None if record is None else record["static_first"] != (record["logged_first"] or "none")
+    if record is None or record["static_first"] == "other":
+        return None
+    return record["static_first"] != (record["logged_first"] or "none")
 
 
 def _tools_named(items: Sequence[Item]) -> dict[str, float]:

@@ -261,7 +261,8 @@ class ChatConversation:
         self._status, self._done = ("tool_timeout" if failure.kind == "timeout" else "tool_error"), False
         self._error = failure.text
         if self._world is not None:
-            self._world.close()  # also ends a call that hangs in it
+            self._record = self._world.record()  # what happened before it failed
+            self._world.close()
             self._world = None
         if self._said is not None:
             self._messages = [*self._messages, self._said]

@@ -7,13 +7,13 @@ be decided, and later commands come back as errors. One shell is one episode; no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from subl_jax.chat.messages import Message, ToolSchema, system, tool, user
 from subl_jax.settings.bash import goals
 from subl_jax.settings.bash.commands import first_permission_command
+from subl_jax.settings.bash.commands.call import sets_permissions
 from subl_jax.settings.bash.sandbox import Attempt, Entry, Result, Sandbox, SandboxPool, default_pool
 from subl_jax.settings.bash.tools import TOOL, TOOLS, echo, written_calls
 from subl_jax.settings.interface import Task
@@ -25,6 +25,8 @@ ERROR = "error: "
 OK = "ok"
 ENDED = "[the shell ended]"
 TIMED_OUT = "[timed out]"
+# Where the log of attempts is written, and the binaries that write none (`sandbox.stand_ins`).
+_LOG_PLACES = ("/run/channel", "/run/real")
 
 
 def world_of(goal: Mapping[str, Any], root: str = HOME) -> list[Entry]:
@@ -55,10 +57,7 @@ def shown_result(stdout: str, stderr: str, code: int | None, status: str = "ok")
 
 def _changes_access(attempt: Attempt) -> bool:
     """Whether a logged attempt is a permission command: `install` is one only where it sets a mode or whose it is."""
-    if attempt.name != "install":
-        return True
-    options = [argument for argument in attempt.argv[1:] if argument.startswith("-")]
-    return any(re.match(r"-[a-zA-Z]*[mog]|--(?:mode|owner|group)", option) for option in options)
+    return attempt.name != "install" or sets_permissions(list(attempt.argv))
 
 
 class BashEnvironment:
@@ -82,7 +81,7 @@ class BashEnvironment:
         self._sandbox: Sandbox | None = None
         self._answer: str | None = None
         self._done: bool | None = None
-        self._ended = self._closed = self._wrecked = False
+        self._ended = self._closed = self._wrecked = self._tampered = False
         self._calls = 0
         self._logged_call: int | None = None
         self._static_first = "none"
@@ -127,18 +126,24 @@ class BashEnvironment:
 
     def _run(self, command: str) -> str:
         number, self._calls = self._calls, self._calls + 1
+        self._tampered |= any(place in command for place in _LOG_PLACES)
         if self._static_first == "none":
             self._static_first = first_permission_command(command)
         if self._ended:
             return f"{ERROR}the shell has ended"
         result: Result = self._ready().run(command)
-        self._attempts += [attempt.name for attempt in result.attempts if _changes_access(attempt)]
-        if self._attempts and self._logged_call is None:
-            self._logged_call = number
+        self._read_log(number)
         if result.status == "broken":
             raise self._gone(result)
         self._ended = result.status != "ok"
         return shown_result(result.stdout, result.stderr, result.code, result.status)
+
+    def _read_log(self, call: int) -> None:
+        """Takes what was attempted by now; background jobs may have gone on since the last call ended."""
+        if self._sandbox is not None:
+            self._attempts = [attempt.name for attempt in self._sandbox.attempts if _changes_access(attempt)]
+        if self._attempts and self._logged_call is None:
+            self._logged_call = call
 
     @property
     def finished(self) -> bool:
@@ -181,14 +186,17 @@ class BashEnvironment:
         """What the sandbox logged: the permission commands attempted, and the call (counted from 0) of the first.
 
         `static_first` is the resolver's answer over the commands as written; it may disagree with `logged_first`.
-        `wrecked`: whether the goal could not be looked at any more.
+        `wrecked`: whether the goal could not be looked at any more. `tampered`: a command named the log itself or the
+        binaries behind the stand-ins, so the log may not be what happened.
         """
+        self._read_log(self._calls - 1)
         return {
             "attempts": list(self._attempts),
             "logged_first": self._attempts[0] if self._attempts else None,
             "logged_call": self._logged_call,
             "static_first": self._static_first,
             "wrecked": self._wrecked,
+            "tampered": self._tampered,
         }
 
     def close(self) -> None:

@@ -22,7 +22,13 @@ def episode(*turns):
 
 
 def record(first=None, call=None):
-    return {"attempts": [first] if first else [], "logged_first": first, "logged_call": call, "static_first": "none"}
+    return {
+        "attempts": [first] if first else [],
+        "logged_first": first,
+        "logged_call": call,
+        "static_first": "none",
+        "tampered": False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -691,4 +691,22 @@ def test_the_command_line_answers_a_json_string_per_line():
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [first_permission_command(text) for text in texts]
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers == [{"first": first_permission_command(text)} for text in texts]
+
+
+def test_the_command_line_answers_a_bad_line_in_its_place():
+    done = subprocess.run(
+        [sys.executable, "-m", "subl_jax.settings.bash.commands", "--all"],
+        input='no json\n"chown a f; chmod 1 f"\n3\n',
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert answers == [
+        {"error": "line 1 is no JSON string"},
+        {"first": "chown", "all": ["chown", "chmod"]},
+        {"error": "line 3 is no JSON string"},
+    ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from subl_jax.chat.messages import ToolCall, assistant
+from subl_jax.settings.bash.bias import first_action
 from subl_jax.settings.bash.environment import BashEnvironment, shown_result
 from subl_jax.settings.bash.sandbox import Result, Sandbox, SandboxPool
 from subl_jax.settings.bash.tasks import tasks
+from subl_jax.settings.interface import FirstAction
 
 
 class NoPool(SandboxPool):
@@ -198,6 +201,25 @@ def test_the_record_says_what_was_attempted_and_in_which_call(episode):
     assert (record["logged_first"], record["logged_call"]) == ("chgrp", 1)
     assert record["static_first"] != "none" and not record["wrecked"]
     assert json.loads(json.dumps(record)) == record
+
+
+def test_what_a_background_job_attempts_after_its_call_is_recorded(episode):
+    environment = episode(ambiguous())
+    assert said(environment, "touch a; (sleep 0.3; chmod 600 a) & disown") == "ok"
+    time.sleep(1)
+    environment.step(assistant("done"))
+    record = environment.record()
+    assert (record["attempts"], record["logged_call"]) == (["chmod"], 0)
+
+
+@pytest.mark.parametrize("command", ["/run/real/chmod 600 a", "printf '\\036A\\037chown\\036' > /run/channel"])
+def test_an_episode_that_touches_the_log_counts_as_unparseable(command, episode):
+    environment = episode(ambiguous())
+    messages = environment.opening()
+    for turn in (call("touch a"), call(command), assistant("done")):
+        messages += [turn, *environment.step(turn)]
+    record = environment.record()
+    assert record["tampered"] and first_action(messages, record) == FirstAction("unparseable", None, None)
 
 
 def test_install_is_an_attempt_only_where_it_sets_a_mode_or_a_group(episode):

@@ -227,10 +227,32 @@ def test_a_written_record_forges_no_result_and_erases_nothing(sandbox):
     assert (result.stdout, result.code) == ("told\n", 9)
     assert sandbox.run("cat /run/channel").code == 1 and sandbox.run("rm /run/channel").code == 1
     assert sandbox.run("chown agent /run/channel; chmod 666 /run/channel; cat </run/channel").code == 1
-    # Noise costs the noise; at most the record that it was glued to.
-    sandbox.run("head -c 100000 /dev/urandom >/run/channel; printf '\\036' >/run/channel; chmod 640 f")
+    # Noise costs the noise, and nothing can be glued to a record.
+    sandbox.run("head -c 100000 /dev/urandom >/run/channel; chmod 640 f; printf x >/run/channel; chown agent f")
     assert sandbox.attempts[0] == Attempt("chmod", ("chmod", "600", "f"))
-    assert Attempt("chmod", ("chmod", "640", "f")) in sandbox.attempts
+    assert {("chmod", "640", "f"), ("chown", "agent", "f")} <= {attempt.argv for attempt in sandbox.attempts}
+
+
+@pytest.mark.parametrize("limit", [8, 9, 10, 11, 12, 16])
+def test_a_call_that_cannot_be_recorded_does_not_run(limit, sandbox):
+    sandbox.run("touch f; chmod 644 f")
+    result = sandbox.run(f"(ulimit -n {limit}; chmod 600 f)")
+    changed = sandbox.inspect("stat -c %a /home/agent/f").stdout == "600\n"
+    assert changed == (len(result.attempts) == 1)
+
+
+def test_functions_and_variables_of_the_agent_hide_no_call(sandbox):
+    sandbox.run("touch f")
+    hiding = "printf() { :; }; exec() { :; }; export -f printf exec; ENV=/dev/null IFS=p PATH=/run/real:$PATH"
+    assert [attempt.name for attempt in sandbox.run(f"({hiding}; /usr/bin/chmod 600 f)").attempts] == ["chmod"]
+
+
+def test_an_access_list_too_long_to_be_sensible_is_refused(sandbox):
+    sandbox.run("touch f")
+    entries = ",".join(f"u:{2000 + number}:r" for number in range(20))
+    assert sandbox.run(f"setfacl -m {entries} f").code == 0
+    assert sandbox.run("for i in $(seq 3000 3200); do echo u:$i:r; done > list; setfacl -M list f").code != 0
+    assert sandbox.inspect("getfacl -nc /home/agent/f | grep -c ^user:2").stdout == "20\n"
 
 
 # Life and end.

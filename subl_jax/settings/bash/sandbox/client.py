@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from subl_jax.settings.bash.sandbox import people, seccomp, stand_ins
@@ -45,6 +47,7 @@ class KeeperClient:
         self._lock = threading.Lock()
         self._free: list[int] = []
         self._slots = 0
+        self._abandoned: collections.deque[Callable[[], None]] = collections.deque()
         self._asked = 0
         self.nested_closed = True
         self._cgroups = find_cgroups(host.proc) if host.cgroups else None
@@ -148,8 +151,15 @@ class KeeperClient:
             for descriptor in received:
                 os.close(descriptor)
 
+    def abandon(self, free: Callable[[], None]) -> None:
+        """Remembers how to free a world whose sandbox was collected unclosed; the next `take_slot` does it."""
+        self._abandoned.append(free)
+
     def take_slot(self) -> int:
         """A free slot, made where none is."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._abandoned.popleft()()
         with self._lock:
             if self._free:
                 return self._free.pop()

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 
 from subl_jax.settings.bash.sandbox import people
-from subl_jax.settings.bash.sandbox.client import KeeperClient, KeeperGone, readable
+from subl_jax.settings.bash.sandbox.client import KeeperClient, readable
 from subl_jax.settings.bash.sandbox.people import Entry
 from subl_jax.settings.bash.sandbox.shell import (
     OPENING,
@@ -89,10 +89,12 @@ class Sandbox:
         self._lock = threading.RLock()
         world = _World(client)
         self._world = world
-        self._closer = weakref.finalize(self, world.free)
+        # Collected while some thread is within `ask`, freeing at once would wait for that thread's own lock.
+        self._closer = weakref.finalize(self, client.abandon, world.free)
+        self._closer.atexit = False  # the keeper ends with this process, and everything with it
         try:
             self._start(world)
-        except OSError:
+        except BaseException:
             self.close()
             raise
 
@@ -158,7 +160,7 @@ class Sandbox:
     def _run(self, command: str) -> Result:
         before = len(self._attempts)
         deadline = time.monotonic() + self.limits.wall_s
-        number = secrets.token_hex(8)  # which a command that writes to the channel cannot guess
+        number = secrets.token_hex(8)  # so that no old report answers for this command
         lines, trace = lines_for(command, number, self._last_code, self._repair)
         line = self._line + self._repair
         self._line += lines.count("\n")
@@ -263,6 +265,8 @@ class Sandbox:
         """
         records = json.dumps([entry.record() for entry in files]).encode()
         with self._lock:
+            if not self._closer.alive:  # its slot may be another's by now
+                raise OSError("the sandbox is closed")
             memory = os.memfd_create("entries", os.MFD_CLOEXEC)
             try:
                 os.write(memory, records)
@@ -305,10 +309,10 @@ class Sandbox:
         argv = [_BASH, "bash", "--norc", "--noprofile", "-c", script]
         program = _program(user, capabilities, argv, {"HOME": "/", "USER": user}, "/", _REAL_FIRST)
         with self._lock:
+            if not self._closer.alive:
+                return Result("", "the sandbox is closed\n", None, "broken", ())
             try:
                 answer, received = self._client.ask("inspect", slot=self._world.slot, program=program)
-            except KeeperGone as error:
-                return Result("", f"{error}\n", None, "broken", ())
             except OSError as error:
                 return Result("", f"{error}\n", None, "broken", ())
             try:
@@ -353,7 +357,8 @@ class Sandbox:
             if self._closer.alive:
                 with contextlib.suppress(AttributeError, OSError):
                     self._read_channel("")
-                self._closer()
+                self._closer.detach()
+                self._world.free()
             self._ended = "exited"
 
 

@@ -158,7 +158,7 @@ def _lent(host: Host, kind: str) -> tuple[int, int]:
         lines = []
     ranges = [(int(line[1]), int(line[2])) for line in lines if len(line) == 3 and line[0] in names]
     for first, count in ranges:
-        if count >= NUMBERS and (host.user or _mapped(host, kind, first)):
+        if first >= NUMBERS <= count and (host.user or _mapped(host, kind, first)):
             return first, NUMBERS
     if host.user == 0:
         for first in (100_000, 1_000_000):

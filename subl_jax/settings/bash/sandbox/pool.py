@@ -70,7 +70,7 @@ class SandboxPool:
                     return
             try:
                 sandbox = Sandbox(self._client)
-            except OSError:
+            except Exception:
                 # take() starts one itself and says what is wrong.
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, timeout=1.0)

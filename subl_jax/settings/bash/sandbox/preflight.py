@@ -26,6 +26,8 @@ _WALL_S = 0.1
 _BASH_FORK_S = 2.0
 _PLACE = f"{people.HOME}/preflight"
 _SETUP = "`make setup-sandbox`, then try again"
+# Device files that bubblewrap binds one by one; writing to them writes to nothing that stays.
+_DEVICES = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "console")}
 _ENDLESS = "while :; do :; done"
 
 
@@ -124,6 +126,9 @@ def _is_fair(sandbox: Sandbox) -> None:
             )
         if [attempt.name for attempt in done.attempts] != [name]:
             raise unavailable(f"calls of {name} are not recorded inside", _SETUP)
+    hidden = sandbox.run(f"(printf() {{ :; }}; export -f printf; chmod 600 {_PLACE}/chmod)")
+    if [attempt.name for attempt in hidden.attempts] != ["chmod"]:
+        raise unavailable("a function named printf hides calls, because /bin/sh is no dash", "apt-get install dash")
 
 
 def _is_closed(sandbox: Sandbox, nested_closed: bool) -> None:
@@ -139,7 +144,7 @@ def _is_closed(sandbox: Sandbox, nested_closed: bool) -> None:
     if nested_closed and sandbox.run("cat /proc/sys/user/max_user_namespaces").stdout != "0\n":
         raise _open("the limit of nested user namespaces is gone")
     mounts = sandbox.run("while read -r _ at _ options _; do case $options in rw*) echo $at; esac; done < /proc/mounts")
-    writable = {place for place in mounts.stdout.split() if not place.startswith("/dev/")}  # its device files
+    writable = set(mounts.stdout.split()) - _DEVICES
     if writable != {"/home", "/tmp"}:
         raise _open(f"the system can be written to inside ({' '.join(sorted(writable))})")
     state = dict(

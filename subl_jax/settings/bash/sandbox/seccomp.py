@@ -82,6 +82,7 @@ _REFUSED: dict[str, tuple[int, int]] = {
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    "setxattrat": (463, 463),
     # every socket: no shell task needs one, and abstract ones ignore the file system
     "socket": (41, 198),
     "socketpair": (53, 199),
@@ -92,6 +93,10 @@ _CLONE, _CLONE3, _IOCTL = (56, 220), (435, 435), (16, 29)
 _NAMESPACE_FLAGS = 0x7E020000
 # TIOCSTI types into a terminal, TIOCLINUX pastes into a console.
 _TERMINAL_REQUESTS = (0x5412, 0x541C)
+# setxattr, lsetxattr, fsetxattr: an access list of 64 KiB on every file is kernel memory that no cgroup counts. A longest
+# value that any sensible list stays far below.
+_SET_ATTRIBUTE = ((188, 5), (189, 6), (190, 7))
+_LONGEST_ATTRIBUTE = 1024
 
 
 def _statement(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -120,5 +125,9 @@ def program(machine: str) -> bytes:
     lines += [_statement(_EQUAL, _IOCTL[column], 0, 5), _statement(_LOAD, _ARGUMENTS_AT + 8)]
     lines += [_statement(_EQUAL, request, 3 - place, 0) for place, request in enumerate(_TERMINAL_REQUESTS, 1)]
     lines += [_statement(_RETURN, _ALLOW), refuse]
+    # The size is the fourth argument; the kernel itself refuses one that needs the upper half.
+    for numbers in _SET_ATTRIBUTE:
+        lines += [_statement(_EQUAL, numbers[column], 0, 4), _statement(_LOAD, _ARGUMENTS_AT + 24)]
+        lines += [_statement(_GREATER_EQUAL, _LONGEST_ATTRIBUTE + 1, 0, 1), refuse, _statement(_RETURN, _ALLOW)]
     lines.append(_statement(_RETURN, _ALLOW))
     return b"".join(lines)

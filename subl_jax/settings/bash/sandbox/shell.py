@@ -1,7 +1,7 @@
 """The agent's persistent Bash: what is written to it, and what is read back from it.
 
-Bash reads its script from a pipe, so its standard input stays free for the commands. Each command is one line of that script:
-an `eval` of the quoted text, then a record on the channel with its number and exit status. No output passes through a marker
+Bash reads its script from a pipe, so its standard input stays free for the commands. Each command is an `eval` of the
+quoted text in that script, then a record on the channel with its number and exit status. No output passes through a marker
 in stdout, and a command that closes descriptors cannot cut the channel, which is opened by its path each time.
 """
 
@@ -45,7 +45,7 @@ def lines_for(command: str, number: str, last_code: int, repair: bool) -> tuple[
     call = f"builtin eval {quoted}"
     # `$?` is the code of the command before; a condition, so that `set -e` does not mind.
     run = f"if __status {last_code}; then :; else {call}; fi" if last_code else call
-    report = f"{{ builtin printf '{DONE}{UNIT}{number}{UNIT}%s{RECORD}' \"$?\" > /run/channel; }} 2>/dev/null"
+    report = f"{{ builtin printf '{RECORD}{DONE}{UNIT}{number}{UNIT}%s{RECORD}' \"$?\" > /run/channel; }} 2>/dev/null"
     # The empty line: after an eval of an unfinished text, bash takes no reserved word until a line has ended.
     return f"{_REPAIR if repair else ''}{run}\n\n{report}\n", f"+ {call}\n"
 

@@ -1,7 +1,8 @@
 """Logging stand-ins for the permission commands, and sudo and doas that run the rest as it is.
 
 A stand-in lies over the real binary, writes what it was called with to the channel, and becomes the real one. Written for
-dash: no process besides its own, one write of less than PIPE_BUF bytes, so records of parallel calls cannot mix.
+dash: no process besides its own, one write of less than PIPE_BUF bytes, so records of parallel calls cannot mix. A record has
+a separator on both sides, so nothing that was written before can be glued to it; what cannot be recorded is not run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ for argument do
   [ $((${{#record}} + ${{#argument}})) -gt {_LONGEST} ] && break
   record="$record{UNIT}$argument"
 done
-{{ printf '%s' "$record{RECORD}" > /run/channel; }} 2>/dev/null
+{{ printf '%s' "{RECORD}$record{RECORD}" > /run/channel; }} 2>/dev/null || exit 126
 PATH=/run/real
 exec @NAME@ "$@"
 """

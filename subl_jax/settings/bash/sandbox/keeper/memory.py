@@ -12,17 +12,16 @@ import signal
 from collections.abc import Iterable
 
 LOOK_S = 0.02
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 # Process 1 of a world and the one that holds it open; every other number is the agent's, or a look's of ours.
 _OWN_NUMBERS = 2
 
 
 def _anonymous(pid: str) -> int:
-    """Bytes of a process that no file backs; 0 where it has ended."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        with open(f"/proc/{pid}/statm", "rb") as handle:
-            fields = handle.read().split()
-        return (int(fields[1]) - int(fields[2])) * _PAGE
+    """Bytes of a process that no file backs, memory it shares with its children included; 0 where it has ended."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(f"/proc/{pid}/status", "rb") as handle:
+            lines = [line for line in handle if line.startswith((b"RssAnon:", b"RssShmem:"))]
+        return sum(int(line.split()[1]) for line in lines) << 10
     return 0
 
 

@@ -94,6 +94,10 @@ def _local(world: str, commands: dict[str, str]) -> None:
         _bind(local, f"{world}/usr/local")
 
 
+# One program that is many, chmod among them, and none of them recorded.
+_MULTIPLE = ("busybox", "toybox")
+
+
 def _stand_ins(world: str, stand_ins: dict[str, str]) -> None:
     for name, text in stand_ins.items():
         real = shutil.which(name, path="/usr/bin:/bin")
@@ -105,3 +109,9 @@ def _stand_ins(world: str, stand_ins: dict[str, str]) -> None:
         places = {path for path in (f"{world}/usr/bin/{name}", f"{world}/bin/{name}") if os.path.exists(path)}
         for place in sorted({os.path.realpath(path) for path in places}):
             kernel.mount(stand_in, place, None, kernel.MS_BIND)
+    for name in _MULTIPLE:
+        for place in {
+            os.path.realpath(f"{world}/{folder}/{name}") for folder in ("usr/bin", "bin", "usr/sbin", "sbin")
+        }:
+            if os.path.exists(place):
+                kernel.mount(f"{_BASE}{EMPTY}", place, None, kernel.MS_BIND)

@@ -333,11 +333,16 @@ def serve(channel: socket.socket, config: dict) -> None:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake, 4096)
                 keeper.reap()
-            elif not _answer(keeper, channel):
-                return
+            else:
+                try:
+                    if not _answer(keeper, channel):
+                        return
+                except ConnectionError:  # the host process has ended between two messages
+                    return
 
 
 def _answer(keeper: Keeper, channel: socket.socket) -> bool:
+    """Answers one request; False where the host process has closed its end."""
     message, received = descriptors.receive(channel, _MESSAGE, _DESCRIPTORS)
     if not message:
         return False
