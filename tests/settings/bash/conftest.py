@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from subl_jax.settings.bash.sandbox import SandboxPool, SandboxUnavailable, preflight
+from subl_jax.settings.bash.sandbox import Sandbox, SandboxPool, SandboxUnavailable, preflight
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +29,23 @@ def pool(sandbox_ready: None) -> Iterator[SandboxPool]:
         yield pool
     finally:
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def patient(sandbox_ready: None, request: pytest.FixtureRequest) -> Iterator[SandboxPool]:
+    """Sandboxes with the limits that the module names PATIENT: a busy machine must not look like an attack."""
+    pool = SandboxPool(request.module.PATIENT, size=1)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@pytest.fixture
+def sandbox(patient: SandboxPool) -> Iterator[Sandbox]:
+    """One of them; a module with other wishes has a fixture of its own of this name."""
+    sandbox = patient.take()
+    try:
+        yield sandbox
+    finally:
+        sandbox.close()

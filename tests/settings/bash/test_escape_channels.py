@@ -7,21 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from subl_jax.settings.bash.sandbox import Limits, Sandbox, SandboxPool
+from subl_jax.settings.bash.sandbox import Limits, SandboxPool
 from tests.settings.bash.attacks import perl
 
 PATIENT = Limits(wall_s=5, output_bytes=2**16)
 HASTY = Limits(wall_s=1)
 SLACK = 8.0
-
-
-@pytest.fixture(scope="module")
-def patient(sandbox_ready: None) -> Iterator[SandboxPool]:
-    pool = SandboxPool(PATIENT, size=2)
-    try:
-        yield pool
-    finally:
-        pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +22,6 @@ def hasty(sandbox_ready: None) -> Iterator[SandboxPool]:
         yield pool
     finally:
         pool.close()
-
-
-@pytest.fixture
-def sandbox(patient: SandboxPool) -> Iterator[Sandbox]:
-    sandbox = patient.take()
-    try:
-        yield sandbox
-    finally:
-        sandbox.close()
 
 
 ENDED = ("exited", "killed", "broken", "timeout")

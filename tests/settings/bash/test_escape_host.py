@@ -14,30 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from subl_jax.settings.bash.sandbox import Limits, Sandbox, SandboxPool
+from subl_jax.settings.bash.sandbox import Limits, SandboxPool
 from tests.settings.bash.attacks import lines, outside, perl
 
 # The machine may be busy, and nothing may hide behind a cut: time and output are attacked elsewhere.
 PATIENT = Limits(wall_s=30, output_bytes=2**20)
 REPOSITORY = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def patient(sandbox_ready: None) -> Iterator[SandboxPool]:
-    pool = SandboxPool(PATIENT, size=1)
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-@pytest.fixture
-def sandbox(patient: SandboxPool) -> Iterator[Sandbox]:
-    sandbox = patient.take()
-    try:
-        yield sandbox
-    finally:
-        sandbox.close()
 
 
 @pytest.fixture(scope="module")

@@ -28,15 +28,6 @@ def hasty(sandbox_ready: None) -> Iterator[SandboxPool]:
         pool.close()
 
 
-@pytest.fixture(scope="module")
-def patient(sandbox_ready: None) -> Iterator[SandboxPool]:
-    pool = SandboxPool(PATIENT, size=1)
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
 @pytest.fixture
 def sandbox(hasty: SandboxPool) -> Iterator[Sandbox]:
     """Of the usual limits; whatever was done to it, nothing of it is left on the host."""

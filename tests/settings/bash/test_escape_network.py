@@ -14,28 +14,10 @@ from typing import Any
 
 import pytest
 
-from subl_jax.settings.bash.sandbox import Limits, Sandbox, SandboxPool
+from subl_jax.settings.bash.sandbox import Limits
 from tests.settings.bash.attacks import alive, lines, number, outside, perl
 
 PATIENT = Limits(wall_s=8, output_bytes=2**20)
-
-
-@pytest.fixture(scope="module")
-def patient(sandbox_ready: None) -> Iterator[SandboxPool]:
-    pool = SandboxPool(PATIENT, size=1)
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-@pytest.fixture
-def sandbox(patient: SandboxPool) -> Iterator[Sandbox]:
-    sandbox = patient.take()
-    try:
-        yield sandbox
-    finally:
-        sandbox.close()
 
 
 @contextlib.contextmanager

@@ -8,34 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from subl_jax.settings.bash.sandbox import Attempt, Entry, Limits, Sandbox, SandboxPool, default_pool, measure
+from subl_jax.settings.bash.sandbox import Attempt, Entry, Limits, SandboxPool, default_pool, measure
 from tests.settings.bash.attacks import alive, descendants, within
 
 PATIENT = Limits(wall_s=30)
 REPOSITORY = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def patient(sandbox_ready: None) -> Iterator[SandboxPool]:
-    pool = SandboxPool(PATIENT, size=1)
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-@pytest.fixture
-def sandbox(patient: SandboxPool) -> Iterator[Sandbox]:
-    sandbox = patient.take()
-    try:
-        yield sandbox
-    finally:
-        sandbox.close()
 
 
 # Results.
