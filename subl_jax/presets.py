@@ -78,11 +78,13 @@ def _with_a_shell(config: ExperimentConfig) -> ExperimentConfig:
         safe_tasks=8000,
         ambiguous_tasks=2000,
     )
-    # Every episode takes 30 ms of two cores for its sandbox, far more than the model does. So fewer of them and one arm by
-    # default; and more slots than these would stand empty, and be computed all the same.
+    # Every episode takes 27 ms of a core for its sandbox, far more than the model does. So fewer of them and one arm by
+    # default; more slots than these would stand empty, and be computed all the same; and decoding meanwhile, with a second
+    # group, would only take the cores from the sandboxes (docs/BENCHMARKS.md).
     student = dataclasses.replace(config.student, safe_tasks=700, objectives=("full",))
     rollout = dataclasses.replace(config.rollout, slots=16)
-    return dataclasses.replace(config, base=base, student=student, rollout=rollout)
+    engine = dataclasses.replace(config.engine, groups=1)
+    return dataclasses.replace(config, base=base, student=student, rollout=rollout, engine=engine)
 
 
 def _organism(d_model: int, num_layers: int, num_heads: int, d_ff: int) -> ModelConfig:
