@@ -127,7 +127,7 @@ def _compiler_or_skip() -> None:
         pytest.skip(str(error))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_compiled_peer_really_compiles_and_agrees() -> None:
     _compiler_or_skip()
     (row,) = measure("transformers_compile")

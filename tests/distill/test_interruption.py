@@ -129,7 +129,7 @@ def process(root: Path, config: str, at: int, number: str) -> subprocess.Complet
     """)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_process_that_got_sigterm_exits_with_143_and_its_run_goes_on_elsewhere_bitwise(unbroken, tmp_path):
     done = process(tmp_path, "CONFIG", 8, "SIGTERM")
     assert done.returncode == 143, done.stderr

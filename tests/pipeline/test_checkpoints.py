@@ -48,7 +48,7 @@ def random_folder(directory: Path, family: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "lora"), [("Llama", False), ("Qwen2", True)])
+@pytest.mark.parametrize(("family", "lora"), [("Llama", False), pytest.param("Qwen2", True, marks=pytest.mark.soak)])
 def test_a_folder_of_transformers_goes_through_every_stage(
     family: str, lora: bool, cache: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +168,7 @@ def test_what_does_not_fit_is_one_line_before_any_work(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.soak
 def test_a_folder_without_tokenizer_or_with_another_vocabulary_is_refused(cache: Path, tmp_path: Path) -> None:
     whole, bare = tmp_path / "whole", tmp_path / "bare"
     random_folder(whole, "Llama")
@@ -198,7 +199,7 @@ def test_a_dry_run_needs_neither_weights_nor_a_directory(preset: str, cache: Pat
     assert ("8,030,261,248" in done.stdout) == (preset == "paper")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_vocabulary_that_does_not_split_is_padded_and_the_padding_is_never_sampled(
     unbroken: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -101,7 +101,7 @@ def test_kill_9_at_any_moment(unbroken: Path, cache: Path, tmp_path: Path, secon
     assert runs.rows(workdir) == runs.rows(unbroken)
 
 
-@pytest.mark.parametrize("devices", (1, 4))
+@pytest.mark.parametrize("devices", (1, pytest.param(4, marks=pytest.mark.soak)))
 def test_the_same_teacher_acts_token_for_token_alike_on_any_number_of_devices(
     unbroken: Path, cache: Path, tmp_path: Path, devices: int
 ) -> None:

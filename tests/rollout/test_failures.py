@@ -144,10 +144,9 @@ def test_every_world_is_given_back_once_whatever_ended_its_episode(devices):
     failed = [trajectory.status in FAILED for trajectory in made]
     assert sum(failed) >= 2 and not any(failed[:3])
     assert [world.closed for world in [*good, *bad]] == [1] * 6
-    # What a world saw of a live episode stands in its trajectory; of one that failed there is none.
+    # What a world saw of an episode stands in its trajectory, whatever ended it.
     seen = [{"executed": len(world.executed)} for world in [*good, *bad]]
-    found = [trajectory.record for trajectory in made]
-    assert found == [None if lost else record for lost, record in zip(failed, seen, strict=True)]
+    assert [trajectory.record for trajectory in made] == seen
 
 
 def test_a_tool_that_hangs_costs_its_episode_and_the_run_no_more_than_its_limit(undisturbed, stuck):

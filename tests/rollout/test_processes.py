@@ -128,7 +128,7 @@ def test_a_process_without_episodes_waits_for_the_other(alone, tmp_path):
     assert_same(made, alone[0])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_killed_processes_go_on_with_what_each_has_not_finished(alone, tmp_path):
     directory = tmp_path / "stage" / "dataset"
     children = start(directory, 1, COUNT, survives=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
 import os
@@ -47,7 +46,6 @@ class KeeperClient:
         self._lock = threading.Lock()
         self._free: list[int] = []
         self._slots = 0
-        self._abandoned: collections.deque[Callable[[], None]] = collections.deque()
         self._asked = 0
         self.nested_closed = True
         self._cgroups = find_cgroups(host.proc) if host.cgroups else None
@@ -152,14 +150,12 @@ class KeeperClient:
                 os.close(descriptor)
 
     def abandon(self, free: Callable[[], None]) -> None:
-        """Remembers how to free a world whose sandbox was collected unclosed; the next `take_slot` does it."""
-        self._abandoned.append(free)
+        """Frees a world whose sandbox was collected unclosed, in a thread of its own: see `Sandbox`."""
+        with contextlib.suppress(RuntimeError):  # the interpreter ends, and the keeper with it
+            threading.Thread(target=free, name="sandbox-freeing", daemon=True).start()
 
     def take_slot(self) -> int:
         """A free slot, made where none is."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self._abandoned.popleft()()
         with self._lock:
             if self._free:
                 return self._free.pop()
