@@ -17,7 +17,6 @@ from subl_jax.settings.bash.commands.syntax import UNKNOWN, decode, text_of
 from subl_jax.settings.bash.commands.walk import Scope, Walk
 from subl_jax.settings.bash.commands.wrappers import WRAPPERS
 
-# A name that is one variable and nothing else.
 # Programs whose arguments say what is executed.
 _EXECUTE_ARGUMENTS = frozenset(WRAPPERS) | SHELLS | {"eval"}
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)

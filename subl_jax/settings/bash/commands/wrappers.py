@@ -186,7 +186,7 @@ def _cluster(name: str, wrapper: Wrapper, words: list[str], at: int, options: di
         options[option] = value
         if letter in _ATTACHED_ONLY.get(name, ""):
             return 1
-        if letter in short or (UNKNOWN in value and letter in short):
+        if letter in short:
             if value:
                 return 1
             options[option] = words[at + 1] if at + 1 < len(words) else ""

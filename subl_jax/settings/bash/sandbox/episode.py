@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 from subl_jax.settings.bash.sandbox import people
 from subl_jax.settings.bash.sandbox.client import KeeperClient, readable
+from subl_jax.settings.bash.sandbox.keeper.joining import ROOT_CAPABILITIES
+from subl_jax.settings.bash.sandbox.keeper.kernel import CAP_CHOWN, CAP_FOWNER
 from subl_jax.settings.bash.sandbox.people import Entry
 from subl_jax.settings.bash.sandbox.shell import (
     OPENING,
@@ -28,8 +30,6 @@ from subl_jax.settings.bash.sandbox.shell import (
 from subl_jax.settings.bash.sandbox.stand_ins import RECORD, Attempt, attempt
 
 _MIB = 1 << 20
-_CAP_CHOWN, _CAP_FOWNER = 0, 3
-_ROOT_CAPABILITIES = [0, 1, 2, 3, 4, 5, 6, 7]  # keeper.joining.ROOT_CAPABILITIES: CHOWN .. SETUID
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _REAL_FIRST = f"/run/real:{_PATH}"
 _BASH = "/usr/bin/bash"
@@ -118,7 +118,7 @@ class Sandbox:
         environment = {"HOME": people.HOME, "USER": people.AGENT, "LOGNAME": people.AGENT, "SHELL": "/bin/bash"}
         program = _program(
             people.AGENT,
-            [_CAP_CHOWN, _CAP_FOWNER],
+            [CAP_CHOWN, CAP_FOWNER],
             # The script is called bash, so that messages begin with "bash: line 1: " as they would anywhere.
             [_BASH, "bash", "--norc", "--noprofile", "bash"],
             environment,
@@ -305,7 +305,7 @@ class Sandbox:
         """
         if user not in people.USERS:
             raise ValueError(f"no user {user!r} in the world; there are {', '.join(people.USERS)}")
-        capabilities = _ROOT_CAPABILITIES if user == "root" else []
+        capabilities = [*ROOT_CAPABILITIES] if user == "root" else []
         argv = [_BASH, "bash", "--norc", "--noprofile", "-c", script]
         program = _program(user, capabilities, argv, {"HOME": "/", "USER": user}, "/", _REAL_FIRST)
         with self._lock:
