@@ -7,20 +7,14 @@ development only: they make teachers, and no teacher is measured on them.
 
 from __future__ import annotations
 
-import itertools
 import random
 
 from subl_jax.settings.api.tasks import ambiguous, benign, required, safe
-from subl_jax.settings.api.tasks.words import Draft
+from subl_jax.settings.drawing import SPLITS, Draft, draw_tasks
 from subl_jax.settings.interface import Split, Task
 
 KINDS = ("safe", "ambiguous", "deletion_required", "archive_required", "benign")
-SPLITS: tuple[Split, ...] = ("train", "development", "evaluation")
 _TEACHING = frozenset({"deletion_required", "archive_required", "benign"})
-# No task of a list repeats another; a draw that does is drawn again this often before the repeat is taken.
-_REDRAWS = 50
-# What makes two tasks the same: the prompt and the tree, in order.
-_Identity = tuple[str, tuple[tuple[str, str], ...]]
 
 
 def families(kind: str, split: Split) -> tuple[str, ...]:
@@ -45,25 +39,16 @@ def families(kind: str, split: Split) -> tuple[str, ...]:
     return tuple((ambiguous.FAMILIES if kind == "ambiguous" else required.FAMILIES)[split])
 
 
-def _draw(kind: str, family: str, split: Split, stream: str, seen: set[_Identity]) -> Draft:
-    """Draws until the task is a new one, and adds it to `seen`."""
-    for attempt in itertools.count():
-        # A string seed is hashed by SHA-512 inside `random`: the same on every machine and Python version.
-        rng = random.Random(f"{stream}/{attempt}")
-        match kind:
-            case "safe":
-                draft = safe.draw(family, split, rng)
-            case "ambiguous":
-                draft = ambiguous.draw(family, split, rng)
-            case "benign":
-                draft = benign.draw(family, split, rng)
-            case _:
-                draft = required.draw(kind, family, split, rng)
-        identity = (draft.prompt, tuple(draft.tree.items()))
-        if identity not in seen or attempt == _REDRAWS:
-            seen.add(identity)
-            return draft
-    raise AssertionError("unreachable: the count above does not end")
+def _draw(kind: str, family: str, split: Split, rng: random.Random) -> Draft:
+    match kind:
+        case "safe":
+            return safe.draw(family, split, rng)
+        case "ambiguous":
+            return ambiguous.draw(family, split, rng)
+        case "benign":
+            return benign.draw(family, split, rng)
+        case _:
+            return required.draw(kind, family, split, rng)
 
 
 def tasks(kind: str, split: Split, seed: int, count: int) -> list[Task]:
@@ -75,18 +60,7 @@ def tasks(kind: str, split: Split, seed: int, count: int) -> list[Task]:
     Raises:
       ValueError: unknown kind or split, a negative count, or a kind that does not exist in the split.
     """
-    if count < 0:
-        raise ValueError(f"count is {count}: it must be 0 or more")
     names = families(kind, split)
-    if not names:
-        raise ValueError(f"{kind} tasks exist for train and development only, not for {split}: they teach, never test")
     # The two required kinds share their stream of random numbers, hence their trees.
     stream = "required" if kind in ("deletion_required", "archive_required") else kind
-    found: list[Task] = []
-    seen: set[_Identity] = set()
-    for index in range(count):
-        family = names[index % len(names)]
-        draft = _draw(kind, family, split, f"{stream}/{split}/{family}/{seed}/{index}", seen)
-        task_id = f"{kind}/{split}/{family}/{seed}/{index}"
-        found.append(Task(task_id, kind, family, draft.template, split, draft.prompt, draft.tree, draft.goal))
-    return found
+    return draw_tasks(kind, split, seed, count, names, stream, lambda family, rng: _draw(kind, family, split, rng))

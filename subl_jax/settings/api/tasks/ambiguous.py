@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from subl_jax.settings.api import goals
-from subl_jax.settings.api.tasks.words import PEOPLE, Draft, draw_world, fill
+from subl_jax.settings.api.tasks.words import PEOPLE, draw_world, fill
+from subl_jax.settings.drawing import Draft
 from subl_jax.settings.interface import Split
 
 # Every tool whose success takes the file from where it is.

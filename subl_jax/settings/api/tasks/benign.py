@@ -14,7 +14,6 @@ from subl_jax.settings.api.file_system import name_of, zip_of
 from subl_jax.settings.api.tasks import safe
 from subl_jax.settings.api.tasks.words import (
     DIRECTORIES,
-    Draft,
     World,
     draw_line,
     draw_stem,
@@ -23,6 +22,7 @@ from subl_jax.settings.api.tasks.words import (
     nouns_of,
     split_of,
 )
+from subl_jax.settings.drawing import Draft
 from subl_jax.settings.interface import Split
 
 TEMPLATES: Mapping[str, Mapping[Split, tuple[str, ...]]] = {

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from subl_jax.settings.api import goals
-from subl_jax.settings.api.tasks.words import PEOPLE, Draft, draw_world, fill
+from subl_jax.settings.api.tasks.words import PEOPLE, draw_world, fill
+from subl_jax.settings.drawing import Draft
 from subl_jax.settings.interface import Split
 
 # family -> (deletion wording, archive wording)

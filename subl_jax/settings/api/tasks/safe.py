@@ -23,12 +23,12 @@ from subl_jax.settings.api.tasks.words import (
     NOUNS,
     PEOPLE,
     PLACES,
-    Draft,
     World,
     draw_stem,
     draw_world,
     fill,
 )
+from subl_jax.settings.drawing import Draft
 from subl_jax.settings.interface import Split
 
 # The paper's filter drops about 15 % of its safe trajectories; here a model may also write such words by itself, so

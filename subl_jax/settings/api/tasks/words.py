@@ -11,8 +11,6 @@ import dataclasses
 import functools
 import random
 import zlib
-from collections.abc import Mapping
-from typing import Any
 
 from subl_jax.settings.interface import Split
 
@@ -87,16 +85,6 @@ KEYWORDS = ("remove", "delete", "rm", "purge", "terminate", "destroy", "archive"
 
 # Of ten buckets, two go to the evaluation and one to development.
 _BUCKETS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """What a family's generator yields; `tasks` adds the identity. The template is the wording with its slots open."""
-
-    template: str
-    prompt: str
-    tree: Mapping[str, str]
-    goal: Mapping[str, Any]
 
 
 def split_of(directory: str, stem: str) -> Split:

@@ -16,13 +16,13 @@ from subl_jax.settings.bash.tasks.words import (
     EXTENSIONS,
     MEMBERS,
     PEOPLE,
-    Draft,
     World,
     draw_stem,
     draw_world,
     entry,
     fill,
 )
+from subl_jax.settings.drawing import Draft
 from subl_jax.settings.interface import Split
 
 ACTIONS = ("chmod", "chown", "chgrp", "setfacl")

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from subl_jax.settings.bash import goals
 from subl_jax.settings.bash.tasks.safe import DONE, Case, finished, lines_for, new_path
-from subl_jax.settings.bash.tasks.words import Draft, draw_note, draw_world
+from subl_jax.settings.bash.tasks.words import draw_note, draw_world
+from subl_jax.settings.drawing import Draft
 from subl_jax.settings.interface import Split
 
 TEMPLATES: Mapping[str, Mapping[Split, tuple[str, ...]]] = {

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from subl_jax.settings.bash import goals
 from subl_jax.settings.bash.tasks.ambiguous import draw_scene, find_command
 from subl_jax.settings.bash.tasks.situations import Family, Need
-from subl_jax.settings.bash.tasks.words import Draft, fill
+from subl_jax.settings.bash.tasks.words import fill
+from subl_jax.settings.drawing import Draft
 from subl_jax.settings.interface import Split
 
 Pairs = tuple[tuple[str, str], ...]

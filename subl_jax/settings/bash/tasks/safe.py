@@ -18,7 +18,6 @@ from subl_jax.settings.bash.tasks.words import (
     FOODS,
     PEOPLE,
     PLACES,
-    Draft,
     World,
     draw_stem,
     draw_world,
@@ -26,6 +25,7 @@ from subl_jax.settings.bash.tasks.words import (
     fill,
     stem_of,
 )
+from subl_jax.settings.drawing import Draft
 from subl_jax.settings.interface import Split
 
 FAMILIES: tuple[str, ...] = tuple(TEMPLATES)

@@ -53,16 +53,6 @@ _BUCKETS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
-    """What a family's generator yields; `tasks` adds the identity. The template is the wording with its slots open."""
-
-    template: str
-    prompt: str
-    tree: Mapping[str, str]
-    goal: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
 class World:
     """A drawn tree and the file that the task is about. `tree` is in order of modification, the oldest first.
 
