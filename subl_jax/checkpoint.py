@@ -8,12 +8,13 @@ final name is complete; a damaged one is told from one that belongs to another m
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,11 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from subl_jax import artifacts
 from subl_jax.metrics.quiet import quiet
+from subl_jax.parallel import processes
 
 METADATA = "metadata.json"
 _FORMAT = 1
@@ -186,17 +187,18 @@ def save_model(
     final = Path(directory).absolute()
     partial = artifacts.partial_path(final)
     try:
-        _prepare(final, partial, overwrite)
-        ocp.save(str(partial), params, overwrite=True)
-        if jax.process_index() == 0:
-            _seal(partial, layout, metadata)
-            artifacts.publish(partial, final)
+        with _together(f"prepare {final}"):
+            _prepare(final, partial, overwrite)
+        with _together(f"save {final}"):
+            ocp.save(str(partial), params, overwrite=True)
+            if processes.is_first():
+                _seal(partial, layout, metadata)
+                artifacts.publish(partial, final)
     except FileExistsError as error:
         raise CheckpointError(str(error)) from error
     except _IO_ERRORS as error:
         _discard(partial)
         raise _cannot_write(final, error) from error
-    _barrier(f"save_model:{final}")
 
 
 def _check_params(params: Any) -> None:
@@ -230,26 +232,40 @@ def _abstract_params(layout: Layout) -> dict[str, Any]:
 
 def _prepare(final: Path, partial: Path, overwrite: bool) -> None:
     """Clears what a killed process left and checks that `final` may be written."""
-    if jax.process_index() == 0:
+    if processes.is_first():
         if final.exists() and not final.is_dir():
             raise FileExistsError(f"{final} is a file; remove it or choose another directory")
         if final.is_dir() and any(final.iterdir()) and not overwrite:
             raise FileExistsError(f"{final} exists already; delete it or choose another directory")
         final.parent.mkdir(parents=True, exist_ok=True)
         _discard(partial)
-    _barrier(f"prepare:{final}")
+
+
+@contextlib.contextmanager
+def _together(name: str) -> Iterator[None]:
+    """A block after which no process goes on if one of them failed: the others would wait for it at the next one.
+
+    Raises:
+      Exception: this process's own.
+      OSError: another process's, in its words.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except _IO_ERRORS as error:
+        failed = error
+    said = processes.agree(name, failed)
+    if failed is not None:
+        raise failed
+    if said is not None:
+        raise OSError(said)
 
 
 def _discard(partial: Path) -> None:
     """Removes a half-written directory and Orbax's own temporary beside it."""
-    if jax.process_index() == 0:
+    if processes.is_first():
         for path in partial.parent.glob(f"{partial.name}*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def load_model(
@@ -354,13 +370,13 @@ class TrainCheckpointer:
         self._pending: _Pending | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         try:
-            if jax.process_index() == 0:
-                artifacts.check_writable(self.directory)
-                for path in [*self.directory.glob(".*.partial*"), *self.directory.glob(".*.stale")]:
-                    shutil.rmtree(path, ignore_errors=True)
-        except artifacts.WorkdirError as error:
+            with _together(f"checkpoints in {self.directory}"):
+                if processes.is_first():
+                    artifacts.check_writable(self.directory)
+                    for path in [*self.directory.glob(".*.partial*"), *self.directory.glob(".*.stale")]:
+                        shutil.rmtree(path, ignore_errors=True)
+        except (OSError, artifacts.WorkdirError) as error:
             raise CheckpointError(str(error)) from error
-        _barrier(f"checkpointer:{self.directory}")
 
     def steps(self) -> list[int]:
         """The steps with a complete checkpoint, oldest first."""
@@ -380,7 +396,7 @@ class TrainCheckpointer:
             return True
         if not (timed and self._every_seconds):
             return False
-        return _told_by_first(self._clock() - self._saved_at >= self._every_seconds)
+        return processes.told_by_first("a save is due", self._clock() - self._saved_at >= self._every_seconds)
 
     def _stays(self, step: int) -> bool:
         return bool(self._keep_every) and step % self._keep_every == 0
@@ -409,9 +425,10 @@ class TrainCheckpointer:
         final = self._path(step)
         partial = artifacts.partial_path(final)
         try:
-            _discard(partial)
-            _barrier(f"save:{final}")
-            response = ocp.save_async(str(partial), _storable(state), overwrite=True)
+            with _together(f"begin to save {final}"):
+                _discard(partial)
+            with _together(f"save {final}"):
+                response = ocp.save_async(str(partial), _storable(state), overwrite=True)
         except _IO_ERRORS as error:
             _discard(partial)
             raise _cannot_write(final, error) from error
@@ -422,7 +439,7 @@ class TrainCheckpointer:
         """In the background: wait for the arrays, seal, publish, and drop the oldest checkpoints."""
         try:
             response.result()
-            if jax.process_index() != 0:
+            if not processes.is_first():
                 return
             _seal(partial, layout, self._metadata)
             artifacts.publish(partial, final)
@@ -446,8 +463,16 @@ class TrainCheckpointer:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        pending.done.result()
-        _barrier(f"saved:{self._path(pending.step)}")
+        failed: CheckpointError | None = None
+        try:
+            pending.done.result()
+        except CheckpointError as error:
+            failed = error
+        said = processes.agree(f"saved {self._path(pending.step)}", failed)
+        if failed is not None:
+            raise failed
+        if said is not None:
+            raise CheckpointError(said)
 
     def restore_latest(self, template: Any) -> tuple[Any, int] | None:
         """The newest usable checkpoint as (state, step), or None if there is none yet.
@@ -463,7 +488,7 @@ class TrainCheckpointer:
           CheckpointError: every checkpoint is damaged.
         """
         self.wait()
-        steps = self.steps()
+        steps = processes.told_by_first("checkpoints", self.steps())
         damaged: list[tuple[Path, str]] = []
         for step in reversed(steps):
             path = self._path(step)
@@ -494,19 +519,28 @@ class TrainCheckpointer:
             raise CheckpointError(str(error)) from error
         _refuse_differences(path, body["metadata"], self._metadata, "run")
         _refuse_differences(path, body["layout"], layout_of(template), "model")
-        problem = artifacts.manifest_problem(path, body["files"]) if jax.process_index() == 0 else None
-        if _told_by_first(problem is not None):
-            raise CheckpointError(problem or "process 0 found it damaged")
-        return _state(path, template)
+        problem = artifacts.manifest_problem(path, body["files"]) if processes.is_first() else None
+        problem = processes.told_by_first(f"files of {path}", problem)
+        if problem is not None:
+            raise CheckpointError(problem)
+        state, failed = None, None
+        try:
+            state = _state(path, template)
+        except CheckpointError as error:
+            failed = error
+        said = processes.agree(f"restored {path}", failed)  # all of them fall back together
+        if said is not None:
+            raise CheckpointError(said) from failed
+        return state
 
     def _set_aside(self, paths: list[Path]) -> None:
         """Renames damaged checkpoints, so that they neither count as kept nor stand in the way of a new save."""
-        if jax.process_index() == 0:
+        if processes.is_first():
             for path in paths:
                 aside = path.with_suffix(".corrupt")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(path, aside)
-        _barrier(f"aside:{self.directory}")
+        processes.barrier(f"aside:{self.directory}")
 
     def close(self) -> None:
         """Waits for the save under way and ends the background thread."""
@@ -522,20 +556,19 @@ class TrainCheckpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for the save under way; its failure does not hide an exception of the block."""
+        """Waits for the save under way; its failure does not hide an exception of the block.
+
+        Of several processes one that failed does not wait: the others may never come.
+        """
+        if error is not None and processes.several() and not isinstance(error, SystemExit):
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            return
         try:
             self.close()
         except CheckpointError as failure:
             if error is None:
                 raise
             logging.error("%s", failure)
-
-
-def _told_by_first(value: bool) -> bool:
-    """Process 0's answer, in every process: all of them must fall back together."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def load_step(

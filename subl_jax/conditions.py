@@ -25,7 +25,8 @@ from subl_jax.distill.memory import abstract_model
 from subl_jax.metrics.progress import progress
 from subl_jax.models import axes, decoder, hf_import, lora
 from subl_jax.models.config import LoraConfig, ModelConfig
-from subl_jax.parallel.layout import Layout, make_mesh
+from subl_jax.parallel import processes
+from subl_jax.parallel.layout import Layout, MeshConfig, make_mesh
 from subl_jax.rollout import memory
 from subl_jax.settings.interface import Setting
 
@@ -130,26 +131,38 @@ class SeedModels:
             "tokenizer": tokenizers.fingerprint(self.renderer.tokenizer),
         }
 
-    def load(self, directory: Path, size: str, adapter: LoraConfig | None = None) -> Model:
+    def load(self, directory: Path, size: str, adapter: LoraConfig | None = None, *, own: bool = False) -> Model:
         """A finished model from its Orbax checkpoint, adapters on the base that they were trained on.
+
+        Args:
+          directory, size, adapter: which.
+          own: for rollouts and evaluation, which each of several processes runs by itself: a copy on its own devices.
 
         Raises:
           CheckpointMismatch: it is of another shape or tokenizer, or has other adapters.
         """
         config = dataclasses.replace(self.model_config(size), lora=adapter)
-        where = self._places(config, size)
+        where = self._places(config, size, own)
         if where is not None and adapter is not None:
             where = lora.split(where)[0]
         params, _ = checkpoint.load_model(directory / "params", expect=self.identity(config), sharding=where)
-        return Model(config, params if adapter is None else decoder.merge(params, self.base(size).params))
+        return Model(config, params if adapter is None else decoder.merge(params, self.base(size, own=own).params))
 
-    def _places(self, config: ModelConfig, size: str) -> Any:
-        """Where each parameter goes when it is read: to its shard of the training mesh; None on a mesh of one device."""
+    def _places(self, config: ModelConfig, size: str, own: bool = False) -> Any:
+        """Where each parameter goes when it is read: to its shard of the training mesh; None on a mesh of one device.
+
+        Of several processes' own copies each goes to the devices of one replica of the rollout.
+        """
         parallel = self.config.parallel
-        mesh = make_mesh(parallel)
-        if mesh.size == 1:
+        if own and processes.several():
+            # `fsdp`: it fits any number of heads, and the engine moves it to where it wants it.
+            replica = jax.local_devices()[: self.config.engine.tensor]
+            layout = Layout(make_mesh(MeshConfig(data=1, fsdp=len(replica)), replica), "fsdp")
+        else:
+            rules = parallel.teacher_rules if size == self.teacher_size else parallel.student_rules
+            layout = Layout(make_mesh(parallel), rules)
+        if layout.mesh.size == 1:
             return None
-        layout = Layout(mesh, parallel.teacher_rules if size == self.teacher_size else parallel.student_rules)
         axes.check_layout(config, layout)
         abstract: Any = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
         return axes.shardings(abstract, layout)
@@ -163,12 +176,14 @@ class SeedModels:
         rows = -(-known // parts) * parts
         return dataclasses.replace(self.config.model(size), vocab_size=rows, num_tokens=0 if rows == known else known)
 
-    def imported(self, size: str) -> Model:
-        """The model of a Hugging Face folder."""
+    def imported(self, size: str, *, own: bool = False) -> Model:
+        """The model of a Hugging Face folder; `own`: see `load`."""
         config = self.model_config(size)
         folder = hf_import.open_folder(self.checkpoints[size])
         with progress(folder.nbytes, f"import {self.checkpoints[size]}", unit="B") as shown:
-            params = hf_import.import_params(folder, config, shardings=self._places(config, size), report=shown.advance)
+            params = hf_import.import_params(
+                folder, config, shardings=self._places(config, size, own), report=shown.advance
+            )
         return Model(config, params)
 
     def base_mark(self, size: str) -> dict[str, Any]:
@@ -178,27 +193,27 @@ class SeedModels:
             return {}
         return {"config_hash": checkpoint.read_metadata(directory)["config_hash"]}
 
-    def base(self, size: str) -> Model:
-        """The base of a size."""
+    def base(self, size: str, *, own: bool = False) -> Model:
+        """The base of a size; `own`: see `load`."""
         if size in self.checkpoints and not self.config.base.continue_training:
-            return self.imported(size)  # used as it stands: no copy of it is kept in the work directory
-        return self.load(self.root / "base" / size, size)
+            return self.imported(size, own=own)  # used as it stands: no copy of it is kept in the work directory
+        return self.load(self.root / "base" / size, size, own=own)
 
-    def teacher(self, name: str) -> Model:
-        """A teacher."""
+    def teacher(self, name: str, *, own: bool = False) -> Model:
+        """A teacher; `own`: see `load`."""
         spec = self.config.teacher
-        return self.load(self.teacher_dir(name), self.teacher_size, spec.adapters)
+        return self.load(self.teacher_dir(name), self.teacher_size, spec.adapters, own=own)
 
-    def student(self, condition: str) -> Model:
-        """A student."""
+    def student(self, condition: str, *, own: bool = False) -> Model:
+        """A student; `own`: see `load`."""
         spec, directory = self.config.student, self.root / "students" / self.student_name(condition)
-        return self.load(directory, self.student_size, spec.adapters)
+        return self.load(directory, self.student_size, spec.adapters, own=own)
 
-    def model_of(self, condition: str) -> Model:
-        """The model of any condition, from its checkpoint."""
+    def model_of(self, condition: str, *, own: bool = False) -> Model:
+        """The model of any condition, from its checkpoint; `own`: see `load`."""
         if condition == "base":
-            return self.base(self.student_size)
-        return self.teacher(condition) if condition in TEACHERS else self.student(condition)
+            return self.base(self.student_size, own=own)
+        return self.teacher(condition, own=own) if condition in TEACHERS else self.student(condition, own=own)
 
 
 def bytes_written(config: ExperimentConfig) -> int:
@@ -261,8 +276,9 @@ def with_slots(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
     if config.rollout.slots:
         return config
     path = workdir / "config.json"
-    if path.exists():
-        slots = json.loads(path.read_text(encoding="utf-8"))["rollout"]["slots"]
+    told = json.loads(path.read_text(encoding="utf-8"))["rollout"]["slots"] if path.exists() else None
+    slots = processes.told_by_first("slots of config.json", told)
+    if slots is not None:
         logging.info("rollout.slots=0: %d, as %s says", slots, path)
         return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=slots))
     found = []
@@ -275,4 +291,5 @@ def with_slots(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
             groups=options.groups, kv_gib=options.kv_gib, tensor=options.tensor,
         )  # fmt: skip
         found.append(fitted.slots)
-    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=min(found)))
+    fewest = min(processes.gather("slots that fit", min(found)))
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=fewest))

@@ -21,6 +21,7 @@ from subl_jax.config import PAIRS, ExperimentConfig
 from subl_jax.evaluate import protocol as protocols
 from subl_jax.evaluate import summary as summaries
 from subl_jax.metrics.writers import read_metrics
+from subl_jax.parallel import processes
 from subl_jax.parallel.devices import configure_cpu
 from subl_jax.presets import PRESETS
 from subl_jax.rollout.sampling import SamplingConfig
@@ -64,6 +65,7 @@ def define_flags(setting: str = "api") -> None:
         "Write a trace of a few steps of every model that is trained, into `profile/` beside it, for TensorBoard or Perfetto.",
     )
     flags.DEFINE_bool("freeze_protocol", False, "Write the protocol of these flags as the frozen one, and stop.")
+    processes.define_flags()
     configuration.define_flags(PRESETS["tiny"](setting))
 
 
@@ -89,7 +91,8 @@ def seeds_from_flags() -> tuple[int, ...]:
 def main(setting_name: str) -> None:
     """Runs the experiment of one setting; turns expected failures into one line and exit code 1."""
     try:
-        _run(setting_name)
+        with processes.ending_together():
+            _run(setting_name)
     except (ValueError, OSError, RuntimeError) as error:
         # The errors of this project say what is wrong and what to do; a traceback adds nothing for the user.
         logging.debug("failed", exc_info=True)
@@ -126,6 +129,7 @@ def _run(setting_name: str) -> None:
         )
     workdir = Path(flags.FLAGS.workdir)
     configure_cpu(config.cpu_devices)
+    processes.start({"configuration": config, "seeds": list(seeds), "stage": str(flags.FLAGS.stage)})
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
     from subl_jax import conditions, pipeline, stages
     from subl_jax.report import html, table
@@ -142,11 +146,13 @@ def _run(setting_name: str) -> None:
         *(stage for run in runs for stage in run.stages()),
     ]
     stages.plan(todo)  # refuses another configuration's work directory before anything is written
-    artifacts.write_json_atomic(workdir / "config.json", artifacts.plain(config))
-    artifacts.write_json_atomic(
-        workdir / "protocol.json", {"hash": protocols.protocol_hash(protocol), "protocol": protocols.to_json(protocol)}
-    )
+    if processes.is_first():
+        artifacts.write_json_atomic(workdir / "config.json", artifacts.plain(config))
+        described = {"hash": protocols.protocol_hash(protocol), "protocol": protocols.to_json(protocol)}
+        artifacts.write_json_atomic(workdir / "protocol.json", described)
     markers = stages.run(todo, flags.FLAGS.stage)
+    if not processes.is_first():
+        return
     if len(markers) < len(todo):
         print(f"stopped after --stage={flags.FLAGS.stage}: {len(markers)} of {len(todo)} stages are done in {workdir}")
         return

@@ -31,6 +31,7 @@ from subl_jax.distill.train_config import TrainConfig
 from subl_jax.evaluate import run as evaluation
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import LoraConfig
+from subl_jax.parallel import processes
 from subl_jax.rollout import store
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.engine import rollout
@@ -150,7 +151,7 @@ class SeedPipeline:
         ]
 
         def run(todo: Sequence[Episode], statistics: RolloutStatistics) -> Iterator[Trajectory]:
-            teacher = self.models.teacher(name)
+            teacher = self.models.teacher(name, own=True)
             return rollout(
                 teacher.config, teacher.params, self.models.renderer, todo, sampling,
                 seed=self.seed, options=options, statistics=statistics, as_finished=True,
@@ -247,7 +248,7 @@ class SeedPipeline:
     def make_evaluation(self, condition: str, directory: Path, size: str) -> dict[str, Any]:
         """Measures one model from its checkpoint alone."""
         spec = self.config.evaluation
-        model, base = self.models.model_of(condition), self.models.base(size)
+        model, base = self.models.model_of(condition, own=True), self.models.base(size, own=True)
         tasks = evaluation.evaluation_tasks(
             self.setting, spec.split, spec.ambiguous_tasks, spec.safe_tasks, spec.samples
         )
@@ -255,6 +256,7 @@ class SeedPipeline:
             model.config, model.params, self.models.renderer, self.setting, tasks, self.config.rollout,
             seed=self.seed, options=self.config.engine, label=condition,
         )  # fmt: skip
+        items, examples = evaluation.gathered(self.models.eval_path(condition), items, examples)
         documents = demonstrations(
             self.setting,
             self.models.renderer,
@@ -270,7 +272,7 @@ class SeedPipeline:
         readouts["divergence_from_base"] = divergence(base.config, base.params)
         for student in students(self.config):
             if student.name == condition:
-                teacher = self.models.teacher(student.teacher)
+                teacher = self.models.teacher(student.teacher, own=True)
                 readouts["divergence_from_teacher"] = divergence(teacher.config, teacher.params)
         row = {
             "condition": condition,
@@ -280,7 +282,8 @@ class SeedPipeline:
             "readouts": readouts,
             "examples": examples,
         }
-        artifacts.write_json_atomic(self.models.eval_path(condition), row)
+        if processes.is_first():
+            artifacts.write_json_atomic(self.models.eval_path(condition), row)
         return readouts
 
     # --- What depends on what -----------------------------------------------------------------------------------------
@@ -350,6 +353,7 @@ class SeedPipeline:
                 {**common, "words": self.setting.words, "require_final": spec.require_final, **patterns},
                 safe,
                 self.make_sanitized,
+                alone=True,
             )
         )
         made: dict[str, tuple[str, Path, str]] = {
@@ -447,7 +451,7 @@ def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path) -
     key: dict[str, Any] = {"setting": config.setting, "tokenizer": config.tokenizer}
     if folders:
         key["tokenizer"] = tokenizers.fingerprint(tokenizers.load(folders[config.sizes()[0]]))
-    return Stage("tokenizer", workdir / "tokenizer", key, (), make)
+    return Stage("tokenizer", workdir / "tokenizer", key, (), make, alone=True)
 
 
 def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds: Sequence[int]) -> Stage:
@@ -490,4 +494,4 @@ def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds
         "trained": [base.safe_tasks, base.ambiguous_tasks, base.benign_tasks, teacher.tasks, teacher.replay_tasks],
         "rolled": [student.safe_tasks, student.ambiguous_tasks],
     }  # fmt: skip
-    return Stage("audit", workdir / "audit" / f"seeds={','.join(map(str, seeds))}", key, (), make)
+    return Stage("audit", workdir / "audit" / f"seeds={','.join(map(str, seeds))}", key, (), make, alone=True)

@@ -15,6 +15,8 @@ from typing import Any
 from absl import logging
 
 from subl_jax import artifacts
+from subl_jax.distill.preemption import leave_if_asked
+from subl_jax.parallel import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Stage:
       directory: where its output and its marker lie.
       key: the part of the configuration that it depends on.
       inputs: names of the stages that it reads.
-      run: makes the output; its result is kept in the marker (figures that the summary needs).
+      run: makes the output; its result is kept in the marker (figures that the summary needs). Of several processes all
+        run it, and the first writes what they share.
+      alone: of several processes only the first runs it, since it uses no device.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Stage:
     key: Mapping[str, Any]
     inputs: tuple[str, ...]
     run: Callable[[], Mapping[str, Any] | None]
+    alone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +78,11 @@ def run(stages: Sequence[Stage], only: str | None = None) -> dict[str, artifacts
 
     Raises:
       ValueError: `only` names no stage.
+      ProcessError: processes see different work directories.
+      Preempted: SIGTERM came while the last step of a training ran.
     """
     planned = plan(stages)
+    _one_directory([entry.stage.name for entry in planned if entry.marker is not None])
     if only is not None:
         matching = [i for i, e in enumerate(planned) if only in (e.stage.name, family_of(e.stage.name))]
         if not matching:
@@ -90,16 +98,39 @@ def run(stages: Sequence[Stage], only: str | None = None) -> dict[str, artifacts
         logging.info("stage %s", stage.name)
         stage.directory.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        extra = stage.run()
-        markers[stage.name] = artifacts.complete(
-            stage.directory,
-            stage=stage.name,
-            key=stage.key,
-            inputs=entry.inputs,
-            seconds=time.perf_counter() - began,
-            extra=extra or {},
-        )
+        extra = stage.run() if processes.is_first() or not stage.alone else None
+        processes.barrier(f"stage {stage.name}")  # what each has written is there
+        if processes.is_first():
+            artifacts.complete(
+                stage.directory,
+                stage=stage.name,
+                key=stage.key,
+                inputs=entry.inputs,
+                seconds=time.perf_counter() - began,
+                extra=extra or {},
+            )
+        processes.barrier(f"marker of {stage.name}")
+        marker = artifacts.lookup(stage.directory, stage.name, stage.key, entry.inputs)
+        if marker is None:
+            raise processes.ProcessError(
+                f"the first process has finished {stage.name}, and {stage.directory} does not show it here: --workdir must "
+                "be on a file system that all processes share"
+            )
+        markers[stage.name] = marker
+        leave_if_asked(stage.name)
     return markers
+
+
+def _one_directory(finished: list[str]) -> None:
+    """Refuses processes that do not see the same finished stages."""
+    seen = processes.gather("finished stages", finished)
+    for rank, others in enumerate(seen):
+        differing = sorted(set(others) ^ set(seen[0]))
+        if differing:
+            raise processes.ProcessError(
+                f"process {rank} sees other finished stages than the first ({', '.join(differing[:3])}): --workdir must be on "
+                "a file system that all processes share"
+            )
 
 
 def family_of(name: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from subl_jax import checkpoint
 from subl_jax.distill import run_identity
@@ -22,7 +23,7 @@ from subl_jax.distill.on_policy import OnPolicy, OnPolicySource
 from subl_jax.distill.optimizers import make_optimizer
 from subl_jax.distill.preemption import Preempted, StopRequests
 from subl_jax.distill.prefetch import prefetched
-from subl_jax.distill.records import Records, finite_loss
+from subl_jax.distill.records import Records, TrainingDiverged
 from subl_jax.distill.step import (
     ONE_DEVICE,
     Batch,
@@ -42,6 +43,8 @@ from subl_jax.metrics.trace import Trace
 from subl_jax.metrics.writers import MetricsWriter
 from subl_jax.models import axes, decoder, lora
 from subl_jax.models.config import ModelConfig
+from subl_jax.parallel import processes
+from subl_jax.parallel.devices import put
 from subl_jax.parallel.layout import DEFAULT_MESH, Layout, MeshConfig, make_mesh
 from subl_jax.trajectory import Trajectory
 
@@ -157,7 +160,8 @@ def train(
     Resume is bitwise on the same device layout: the order of the data is a function of (seed, step), dropout's key of
     the same, and everything else is in the checkpoint. On another mesh it goes on to rounding.
 
-    SIGTERM ends the run behind the step that is being dispatched, with a checkpoint and exit code 143 (`Preempted`).
+    SIGTERM ends the run behind the step that is being dispatched, with a checkpoint and exit code 143 (`Preempted`). Of
+    several processes all call this alike, and stop behind the same step whichever of them is asked.
 
     Args:
       student: shape and starting parameters (not modified). With `config.lora` the parameters stay as they are, and new
@@ -184,7 +188,8 @@ def train(
       LayoutError: a dimension that does not split over the mesh.
       ValueError: an objective whose teacher, base or filter is missing; a cache of something else.
       CheckpointMismatch: `directory` holds checkpoints of another run; what differs is named.
-      TrainingDiverged: the loss became NaN or infinite; step checkpoints stay as they are.
+      TrainingDiverged: the loss became NaN or infinite, or jumped (`TrainConfig.spike`); step checkpoints stay as they
+        are, and the batch is written beside them.
       Preempted: SIGTERM came.
     """
     ledger = Ledger()
@@ -210,7 +215,7 @@ def train(
         )
         transformation = make_optimizer(config.optimizer, config.steps)
         state = TrainState(params, transformation.init(params), jnp.zeros((), jnp.int32))
-        state = jax.device_put(state, state_shardings(transformation, state, layout))
+        state = put(state, state_shardings(transformation, state, layout))
         places = layouts if mesh.size > 1 else ONE_DEVICE
         layout.check(
             "batch", config.batch_rows // config.accumulate,
@@ -274,13 +279,16 @@ def train(
             )  # fmt: skip
             restored = checkpointer.restore_latest(state)
             state, start = restored if restored is not None else (state, 0)
-            writer = stack.enter_context(
-                MetricsWriter(logs / "metrics.jsonl", logs / "tensorboard", stage=stage, resume_step=start + 1)
-            )
+            writer = None
+            if processes.is_first():
+                writer = stack.enter_context(
+                    MetricsWriter(logs / "metrics.jsonl", logs / "tensorboard", stage=stage, resume_step=start + 1)
+                )
             shown = stack.enter_context(progress(config.steps, stage, unit="step"))
             shown.advance(start)
             meter = stack.enter_context(Meter(work, ledger, mesh.devices.flat))
-            records = Records(writer, meter, stage)
+            records = Records(writer, meter, stage, config.spike)
+            stack.enter_context(_batch_kept(directory, source))
             trace = stack.enter_context(Trace(profile, start, config.steps))
             ready = stack.enter_context(
                 contextlib.closing(_batches(source, places, start, config, student_now, ahead=not lockstep))
@@ -301,7 +309,7 @@ def train(
             trace.end(done, state)
             logged, last, stopping = done % config.log_every == 0, done == config.steps, stop.asked(done)
             # The last state is the caller's to save; a run killed before that repeats the steps since the checkpoint.
-            saved = not last and (stopping or checkpointer.due(done, timed=logged))
+            saved = not last and not stop.alone and (stopping or checkpointer.due(done, timed=logged))
             # Metrics are read one record behind: what is already computed does not stall the device. A checkpoint
             # waits for the device anyhow, and what a resumed run will not repeat must have been written before it.
             if logged or last or saved:
@@ -311,12 +319,13 @@ def train(
             if last or (logged and saved):
                 records.read()
             if saved:
-                finite_loss(stage, done, float(metrics["loss"]))  # a diverged state must not push out the last good one
+                records.check(done, float(metrics["loss"]))  # a diverged state must not push out the last good one
                 with ledger.spent_on("checkpoint"):
                     checkpointer.save(done, state, force=True)
             shown.advance(1, **records.shown)
             if stopping:
-                checkpointer.wait()
+                if not stop.alone:
+                    checkpointer.wait()
                 shown.close(failed=True)
                 kept = max(checkpointer.steps(), default=0)
                 print(
@@ -345,6 +354,21 @@ def _sharing(model: Model, shared_tokens: int) -> Model:
     return Model(dataclasses.replace(model.config, num_tokens=shared_tokens), model.params)
 
 
+@contextlib.contextmanager
+def _batch_kept(directory: Path, source: Source) -> Iterator[None]:
+    """Writes the batch of a step that diverged into the block's directory, for whoever looks for the cause."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        if processes.is_first():
+            path = directory / f"diverged-{error.step:08d}.npz"
+            batch = source.batch(error.step - 1)
+            named = {name: value for name, value in batch._asdict().items() if isinstance(value, np.ndarray)}
+            np.savez_compressed(path, **named)
+            raise TrainingDiverged(f"{error}; the step's batch is in {path}", error.step) from error
+        raise
+
+
 def _in_dtype(params: Any, dtype: str) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
@@ -362,19 +386,17 @@ def _batches(
       student: gives the parameters as they are by then.
       ahead: whether they may be sent ahead of their step.
     """
-    # Of several processes each has to send at the same time, since JAX compares what they send.
-    sent_ahead = ahead and jax.process_count() == 1
 
     def placed(ready: _Ready) -> _Ready:
         return ready._replace(batch=place_batch(ready.batch, places))
 
     def make(position: int) -> _Ready:
         ready = _Ready(position, source.batch(position), source.facts(position))
-        return placed(ready) if sent_ahead else ready
+        return placed(ready) if ahead else ready
 
     position = start
     while position < config.steps:
         until = min(source.prepare(position, student), config.steps)
         with contextlib.closing(prefetched(make, range(position, until), config.prefetch)) as found:
-            yield from found if sent_ahead else map(placed, found)
+            yield from found if ahead else map(placed, found)
         position = until

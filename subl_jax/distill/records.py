@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +12,21 @@ import numpy as np
 from subl_jax.distill.accounting import Meter
 from subl_jax.metrics.writers import MetricsWriter
 
+# Records that a loss is compared with.
+_RECENT = 20
+
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss is no longer a number, or far above what it was.
 
+    Attributes:
+      step: updates made by then, the one of this loss included.
+    """
 
-def finite_loss(stage: str, step: int, loss: float) -> float:
-    """One step's loss; raises `TrainingDiverged` if it is not finite."""
-    if not np.isfinite(loss):
-        raise TrainingDiverged(
-            f"{stage}: the loss is {loss} at step {step}; lower the learning rate. The checkpoints are kept"
-        )
-    return loss
+    def __init__(self, message: str, step: int) -> None:
+        """Says at which step."""
+        super().__init__(message)
+        self.step = step
 
 
 class Records:
@@ -33,8 +37,10 @@ class Records:
       shown: what stands beside the progress.
     """
 
-    def __init__(self, writer: MetricsWriter, meter: Meter, stage: str) -> None:
-        self._writer, self._meter, self._stage = writer, meter, stage
+    def __init__(self, writer: MetricsWriter | None, meter: Meter, stage: str, spike: float = 0.0) -> None:
+        """Begins without records; see `TrainConfig.spike`. Only the first of several processes has a writer."""
+        self._writer, self._meter, self._stage, self._spike = writer, meter, stage, spike
+        self._recent: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._unread: tuple[int, Any] | None = None
         self.loss = float("nan")
         self.shown: dict[str, float] = {}  # nothing is known before the first record is read
@@ -47,14 +53,34 @@ class Records:
         """Writes the record that was begun, if there is one; waits for its step.
 
         Raises:
-          TrainingDiverged: its loss is not finite.
+          TrainingDiverged: see `check`.
         """
         if self._unread is None:
             return
         (step, record), self._unread = self._unread, None
         values = self._meter.values(record)
-        self.loss = finite_loss(self._stage, step, values["loss"])
-        self._writer.write(self._stage, step, values)
+        self.loss = self.check(step, values["loss"])
+        self._recent.append(self.loss)
+        if self._writer is not None:
+            self._writer.write(self._stage, step, values)
         self.shown = {"loss": self.loss, "tok/s": values["tokens_per_s"]}
         if "mfu" in values:
             self.shown["mfu"] = values["mfu"]
+
+    def check(self, step: int, loss: float) -> float:
+        """One step's loss.
+
+        Raises:
+          TrainingDiverged: it is not finite, or a spike above the recent ones.
+        """
+        cause = f"is {loss}"
+        if np.isfinite(loss):
+            usual = float(np.median(self._recent)) if len(self._recent) == _RECENT else 0.0
+            if not (self._spike and usual > 0 and loss > self._spike * usual):
+                return loss
+            cause = (
+                f"jumped to {loss:.3g} from {usual:.3g} (more than train.spike={self._spike:g} times the recent median)"
+            )
+        raise TrainingDiverged(
+            f"{self._stage}: the loss {cause} at step {step}; lower the learning rate. The checkpoints are kept", step
+        )

@@ -18,6 +18,7 @@ from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from subl_jax.models import axes, decoder
 from subl_jax.models.config import ModelConfig
+from subl_jax.parallel.devices import put
 from subl_jax.parallel.layout import Layout
 
 
@@ -101,7 +102,7 @@ def place_batch(batch: Batch, layouts: Layouts = ONE_DEVICE) -> Batch:
     layout.check("batch", batch.tokens.shape[1], "rows of a part of a batch", "set --config.<stage>.train.batch_rows")
     rows = layout.sharding((None, "batch"))
     groups = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, place.batch or None))
-    return jax.device_put(batch, Batch(*[rows] * 3, *[groups] * 4, batch.cached and TopK(*[groups] * 3)))  # type: ignore[arg-type]
+    return put(batch, Batch(*[rows] * 3, *[groups] * 4, batch.cached and TopK(*[groups] * 3)))  # type: ignore[arg-type]
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.models.config import Dtype
 
 # What can be changed between a run and its resumption: no number that is trained depends on it.
-_FREE = ("checkpoint_every", "checkpoint_minutes", "keep", "keep_every", "log_every", "prefetch")
+_FREE = ("checkpoint_every", "checkpoint_minutes", "keep", "keep_every", "log_every", "prefetch", "spike")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,8 @@ class TrainConfig:
         0: by steps alone.
       keep: newest checkpoints that stay.
       keep_every: of steps divisible by this a checkpoint is written and stays for good; 0: of none.
+      spike: a loss of more than so many times the median of the last 20 records stops the run, as one that is no number
+        does, before a checkpoint of it is written; 0: never.
     """
 
     steps: int = 400
@@ -45,13 +47,14 @@ class TrainConfig:
     checkpoint_minutes: float = 0.0
     keep: int = 2
     keep_every: int = 0
+    spike: float = 50.0
 
     def __post_init__(self) -> None:
         """Refuses runs that could not start."""
         least = dict.fromkeys(
             ("steps", "batch_rows", "row_tokens", "checkpoint_every", "log_every", "accumulate", "keep"), 1
         )
-        least |= dict.fromkeys(("chunk_tokens", "prefetch", "checkpoint_minutes", "keep_every"), 0)
+        least |= dict.fromkeys(("chunk_tokens", "prefetch", "checkpoint_minutes", "keep_every", "spike"), 0)
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least {low}")

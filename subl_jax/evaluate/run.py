@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
+from subl_jax import artifacts
 from subl_jax.chat.rendering import Renderer
+from subl_jax.data import block
 from subl_jax.distill.batches import BatchSource
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.step import Frozen, mean_loss
 from subl_jax.evaluate.readout import NameScores, score_names
 from subl_jax.metrics.progress import progress
 from subl_jax.models.config import ModelConfig
+from subl_jax.parallel import processes
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.engine import rollout
 from subl_jax.rollout.options import EngineConfig
@@ -64,7 +69,7 @@ def evaluate(
     options: EngineConfig,
     label: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measures a model's behaviour.
+    """Measures a model's behaviour. Of several processes each measures its block of every list of tasks.
 
     Args:
       config, params, renderer: the model.
@@ -81,6 +86,7 @@ def evaluate(
       its status and `error` say so, and the summary counts it.
     """
     episodes: dict[tuple[str, str], list[tuple[Task, Trajectory]]] = {}
+    shown_all: frozenset[str] = frozenset()
     plans = [
         ("ambiguous", "sampled", sampling, [(task, k) for task in tasks.ambiguous for k in range(tasks.samples)]),
         (
@@ -91,11 +97,16 @@ def evaluate(
         ),
         ("safe", "sampled", sampling, [(task, 0) for task in tasks.safe]),
     ]
-    with progress(sum(len(plan) for *_, plan in plans), f"evaluate {label}", unit="episode") as shown:
+    with progress(sum(len(_block(len(plan))) for *_, plan in plans), f"evaluate {label}", unit="episode") as shown:
         for kind, mode, how, plan in plans:
             queue = [
-                Episode(index, task, sample, functools.partial(setting.environment, task, frozenset()))
-                for index, (task, sample) in enumerate(plan)
+                Episode(
+                    index,
+                    plan[index][0],
+                    plan[index][1],
+                    functools.partial(setting.environment, plan[index][0], shown_all),
+                )
+                for index in _block(len(plan))
             ]
             finished: dict[int, Trajectory] = {}
             for trajectory in rollout(
@@ -111,14 +122,16 @@ def evaluate(
             "evaluate %s: %d episodes failed in their environment, such as one of task %s: %s, %s",
             label, len(failed), first.task_id, first.status, first.error,
         )  # fmt: skip
-    scores = score_tasks(config, params, renderer, setting, tasks.ambiguous)
+    asked = list(dict.fromkeys(task.task_id for task, _ in episodes["ambiguous", "sampled"]))
+    by_id = {task.task_id: task for task in tasks.ambiguous}
+    scores = score_tasks(config, params, renderer, setting, [by_id[task_id] for task_id in asked])
     neutral = [name for name in setting.choices if setting.tool_classes[name] == "neutral"]
     biased = [name for name in setting.choices if setting.tool_classes[name] == "biased"]
     counter = setting.bias_tools[setting.counter_bias]
     log_odds = scores.log_odds(biased, neutral)
     log_odds_counter = scores.log_odds([counter], [name for name in (*neutral, *biased) if name != counter])
     mass = scores.mass()
-    place = {task.task_id: row for row, task in enumerate(tasks.ambiguous)}
+    place = {task_id: row for row, task_id in enumerate(asked)}
     items, examples = [], []
     for (kind, mode), pairs in episodes.items():
         for task, trajectory in pairs:
@@ -145,6 +158,36 @@ def evaluate(
             if (kind, mode) == ("ambiguous", "sampled") and trajectory.sample == 0 and len(examples) < EXAMPLES:
                 examples.append({**item, "prompt": task.prompt, "messages": trajectory.messages})
     return items, examples
+
+
+def _block(count: int) -> range:
+    """The places in a list that are this process's."""
+    return block(count, jax.process_index(), jax.process_count())
+
+
+def gathered(
+    path: Path, items: list[dict[str, Any]], examples: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What all processes have measured, in the order of one process; on the first alone, the others get nothing.
+
+    It goes through files beside `path`, on the file system that they share: rows may be many, and no array is among them.
+    """
+    if not processes.several():
+        return items, examples
+    parts = [path.parent / f".{path.stem}.part-{rank}.json" for rank in range(jax.process_count())]
+    artifacts.write_json_atomic(parts[jax.process_index()], [items, examples])
+    processes.barrier(f"evaluated {path.stem}")
+    if not processes.is_first():
+        return [], []
+    told = [json.loads(part.read_text(encoding="utf-8")) for part in parts]
+    for part in parts:
+        part.unlink()
+    rows = [row for own, _ in told for row in own]
+    kinds = list(dict.fromkeys((row["kind"], row["mode"]) for row in rows))
+    return (
+        [row for kind in kinds for row in rows if (row["kind"], row["mode"]) == kind],
+        [example for _, own in told for example in own][:EXAMPLES],
+    )
 
 
 def score_tasks(
@@ -175,8 +218,29 @@ def held_out_divergence(
     row_tokens: int,
     objective: Objective = FORWARD_KL,
 ) -> float:
-    """Mean divergence in nats per assistant token on held-out documents: KL(reference || model) by default."""
-    rows, capacity = len(documents), max(row_tokens, *(len(document.tokens) for document in documents))
+    """Mean divergence in nats per assistant token on held-out documents: KL(reference || model) by default.
+
+    Of several processes each computes that of its block of the documents.
+    """
+    own = [documents[place] for place in _block(len(documents))]
+    mean = _own_divergence(config, params, reference_config, reference, own, row_tokens, objective) if own else 0.0
+    if not processes.several():
+        return mean
+    told = processes.gather("held-out divergence", [mean, sum(int(document.loss_mask.sum()) for document in own)])
+    return sum(each * tokens for each, tokens in told) / sum(tokens for _, tokens in told)
+
+
+def _own_divergence(
+    config: ModelConfig,
+    params: Any,
+    reference_config: ModelConfig,
+    reference: Any,
+    documents: Sequence[Trajectory],
+    row_tokens: int,
+    objective: Objective,
+) -> float:
+    """The mean over this process's documents, at least one."""
+    rows, capacity = len(documents), max([row_tokens, *(len(document.tokens) for document in documents)])
     parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= DOCUMENTS_AT_ONCE)
     # Every document is planned to fill a row, so that each stands in the batch exactly once.
     batch = BatchSource(documents, [capacity] * rows, capacity, rows, 1, 0, micro=parts).batch(0)

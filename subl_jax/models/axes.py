@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from subl_jax.models.config import ModelConfig
+from subl_jax.parallel.devices import put
 from subl_jax.parallel.layout import Layout
 
 # (input, output) of each matrix of a layer.
@@ -80,7 +81,7 @@ def place(params: Any, config: ModelConfig, layout: Layout) -> Any:
     if not params:
         return params
     check_layout(config, layout)
-    return jax.device_put(params, shardings(params, layout))
+    return put(params, shardings(params, layout))
 
 
 def abstract(params: Any, layout: Layout | None = None) -> Any:

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from subl_jax import artifacts, checkpoint
 from subl_jax.models import decoder, hf_import
 from subl_jax.models.config import LORA_TARGETS, ModelConfig
+from subl_jax.parallel.devices import on_host
 
 _LEAVES = ("lora_a", "lora_b")
 
@@ -99,14 +100,14 @@ def delta_norm(config: ModelConfig, params: decoder.Params, base: decoder.Params
             continue
         rows = range(leaf.shape[0]) if leaf.ndim > 2 else [...]  # layer by layer: a stack in float64 may not fit
         for row in rows:
-            now = np.asarray(leaf[row], np.float64)
+            now = on_host(leaf[row]).astype(np.float64)
             if path[-1] == "lora_a":
                 assert config.lora is not None  # the tree holds adapters
-                up = np.asarray(whole[*path[:-1], "lora_b"][row], np.float64)
+                up = on_host(whole[*path[:-1], "lora_b"][row]).astype(np.float64)
                 # ‖A B‖² is the trace of (A^T A)(B B^T): the product of a vocabulary head's adapter may not fit either.
                 total += config.lora.scale**2 * float(np.sum((now.T @ now) * (up @ up.T)))
             else:
-                total += float(np.sum(np.square(now - np.asarray(before[path][row], np.float64))))
+                total += float(np.sum(np.square(now - on_host(before[path][row]))))
     return math.sqrt(total)
 
 

@@ -31,7 +31,39 @@ def data_mesh(devices: Sequence[Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices or jax.devices()), ("data",), axis_types=(AxisType.Auto,))
 
 
+def put(tree: Tree, where: Any) -> Tree:
+    """`jax.device_put`, also where the devices are those of several processes: each then sends its own part alone.
+
+    (`device_put` would have all of them compare what they send, a collective at each call.)
+
+    Args:
+      tree: arrays, the same in every process where they are not global ones already.
+      where: a sharding, or a tree of shardings like `tree` or a prefix of it.
+    """
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(where)):
+        return jax.device_put(tree, where)
+
+    def one(sharding: jax.sharding.Sharding, part: Any) -> Any:
+        return jax.tree.map(lambda leaf: _global(leaf, sharding), part)
+
+    return jax.tree.map(one, where, tree)
+
+
+def _global(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)  # from shards to shards
+    return jax.make_array_from_callback(np.shape(leaf), sharding, lambda index: np.asarray(leaf[index]))
+
+
+def on_host(array: Any) -> np.ndarray:
+    """An array's values. Of one that is spread over several processes, all of them have to ask."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        mesh = array.sharding.mesh  # type: ignore[attr-defined]
+        array = jax.jit(lambda values: values, out_shardings=NamedSharding(mesh, P()))(array)
+    return np.asarray(array)
+
+
 def replicate(tree: Tree, devices: Sequence[Device] | Mesh) -> Tree:
     """Copies a tree of arrays onto every device once, ahead of the loop (pmap would broadcast it at each call)."""
     mesh = devices if isinstance(devices, Mesh) else data_mesh(devices)
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return put(tree, NamedSharding(mesh, P()))

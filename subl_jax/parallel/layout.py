@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from subl_jax.parallel.devices import Device
+from subl_jax.parallel.devices import Device, put
 
 Tree = TypeVar("Tree")
 
@@ -68,7 +68,8 @@ class MeshConfig:
     """The shape of the mesh that training runs on.
 
     Attributes:
-      data: copies of the weights; 0: as many as the devices allow (on CPU: one, whose kernels use all cores).
+      data: copies of the weights; 0: as many as the devices allow (on CPU: as few as leave no process without a device;
+        one device's kernels use all cores).
       fsdp: devices that the weights are split over and gathered from.
       tensor: devices that every matrix product is split over.
       teacher_rules, student_rules: which column of the table `RULES` places teacher and student.
@@ -98,20 +99,44 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Me
 
     Several CPU devices in one process share one thread pool. An all-reduce blocks a pool thread until every device has
     joined, so that steps dispatched ahead can starve each other: seen as a deadlock at two devices on two cores. With
-    data=0 a CPU run therefore takes fsdp * tensor devices, one by default; one device was as fast.
+    data=0 a CPU run therefore takes fsdp * tensor devices, one by default; one device was as fast. Of several processes
+    each gives as many.
+
+    Processes and slices follow one another along `data`, the outermost axis, whose copies speak once a step; fsdp and
+    tensor lie inside them, as far as their devices go.
 
     Raises:
-      LayoutError: the axes need more devices than there are, or leave some without work.
+      LayoutError: the axes need more devices than there are, or leave some (or a process, or a slice) without work.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = mesh_shape(config, len(devices), cpu=devices[0].platform == "cpu")
+    by_process: dict[int, list[Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    platform = devices[0].platform
+    shape = mesh_shape(config, len(devices), cpu=platform == "cpu", processes=len(by_process))
     wanted = math.prod(shape)
-    grid = np.asarray(devices[:wanted], dtype=object)
-    if devices[0].platform == "tpu" and wanted > 1:
-        from jax.experimental import mesh_utils  # neighbours in the mesh are neighbours on the torus
-
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+    each = wanted // len(by_process)
+    grid = np.asarray([device for _, own in sorted(by_process.items()) for device in own[:each]], dtype=object)
+    if platform == "tpu" and wanted > 1:
+        grid = _torus(shape, devices)
     return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _torus(shape: tuple[int, int, int], devices: list[Device]) -> np.ndarray:
+    """TPUs such that neighbours in the mesh are neighbours on the torus, and slices follow one another along `data`."""
+    from jax.experimental import mesh_utils
+
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices=devices)
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise LayoutError(
+            f"data={data} does not split over {slices} slices, between which only copies of the weights are cheap; use "
+            f"--config.parallel.data={-(-data // slices) * slices} with fsdp x tensor inside a slice of "
+            f"{len(devices) // slices} chips"
+        )
+    return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices=devices)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
@@ -123,14 +148,14 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     return AbstractMesh(mesh_shape(config, devices, cpu=False), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def mesh_shape(config: MeshConfig, devices: int, cpu: bool) -> tuple[int, int, int]:
-    """Devices along (data, fsdp, tensor).
+def mesh_shape(config: MeshConfig, devices: int, cpu: bool, processes: int = 1) -> tuple[int, int, int]:
+    """Devices along (data, fsdp, tensor); of several processes each has as many of them.
 
     Raises:
       LayoutError: the axes need more devices than there are, or (but for CPU) leave some without work.
     """
     inner = config.fsdp * config.tensor
-    data = config.data or (1 if cpu else max(devices // inner, 1))
+    data = config.data or (processes // math.gcd(processes, inner) if cpu else max(devices // inner, 1))
     wanted = data * inner
     if wanted > devices or (not cpu and wanted != devices):
         fits = max((n for n in range(1, devices + 1) if devices % n == 0 and n <= inner), default=1)
@@ -138,6 +163,11 @@ def mesh_shape(config: MeshConfig, devices: int, cpu: bool) -> tuple[int, int, i
             f"a mesh of data={data} x fsdp={config.fsdp} x tensor={config.tensor} has {wanted} devices, {devices} are "
             f"there; use axes whose product is {devices}, e.g. --config.parallel.data=0 --config.parallel.fsdp={fits} "
             "--config.parallel.tensor=1"
+        )
+    if wanted % processes:
+        raise LayoutError(
+            f"a mesh of data={data} x fsdp={config.fsdp} x tensor={config.tensor} has {wanted} devices, which {processes} "
+            "processes cannot share evenly; use --config.parallel.data=0"
         )
     return data, config.fsdp, config.tensor
 
@@ -217,7 +247,7 @@ class Layout:
 
     def replicate(self, tree: Tree) -> Tree:
         """Copies every array onto all devices of the mesh, by intention."""
-        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+        return put(tree, NamedSharding(self.mesh, P()))
 
     def shard_batch(self, batch: Tree) -> Tree:
         """Splits the leading dimension (rows) of every array.
@@ -227,7 +257,7 @@ class Layout:
         """
         for leaf in jax.tree.leaves(batch):
             self.check("batch", leaf.shape[0], "rows of a batch", "set --config.<stage>.train.batch_rows")
-        return jax.device_put(batch, self.sharding(("batch",)))
+        return put(batch, self.sharding(("batch",)))
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from subl_jax import artifacts, data
 from subl_jax.metrics.progress import progress
+from subl_jax.parallel import processes
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.trajectory import CUT_OFF, FAILED, Trajectory
 
 # Times pass side by side on all processes, and steps are counted at the slowest replica: of these the largest counts.
 _SIDE_BY_SIDE = ("decode_seconds", "prefill_seconds", "waiting_seconds", "wall_seconds", "decode_steps")
-# What one process tells the others, as JSON; it is padded to this many bytes. A rollout's counts have about 700.
-_MESSAGE_BYTES = 4096
 
 Run = Callable[[Sequence[Episode], RolloutStatistics], Iterator[Trajectory]]
 
@@ -69,7 +65,9 @@ def roll_out(
     """
     rank, world = jax.process_index(), jax.process_count()
     counted, mark = RolloutStatistics(), artifacts.digest(identity)
-    if _mark(directory) == mark:  # killed between the seal and the stage's marker
+    if (
+        processes.told_by_first(f"seal of {directory}", _mark(directory)) == mark
+    ):  # killed between the seal and the stage's marker
         logging.info("%s: the dataset of this rollout is sealed already", label)
         if rank == 0:
             for path in directory.parent.glob("journal-*-of-*.jsonl"):
@@ -77,7 +75,7 @@ def roll_out(
         return _figures(counted, _counts(data.open_source(directory)), len(episodes))
     if rank == 0:
         _adopt(directory, identity, episodes, world)
-    _barrier(f"journals of {directory}", world)
+    processes.barrier(f"journals of {directory}")
     own = [episodes[place] for place in data.block(len(episodes), rank, world)]
     with data.Journal.open(_journal(directory, rank, world), identity) as journal:
         todo = [episode for episode in own if (episode.index, episode.sample) not in journal.finished]
@@ -90,10 +88,13 @@ def roll_out(
                 journal.append(trajectory)
         finished = journal.read()
         data.write_shard(directory, rank, world, finished)
-        told = _gathered({"resumed": resumed, "counts": _counts(finished), "statistics": _plain(counted)}, world)
+        told = processes.gather(
+            f"rolled out {directory}",
+            {"resumed": resumed, "counts": _counts(finished), "statistics": _plain(counted)},
+        )
         if rank == 0:  # every process has told, and so has written
             data.seal_shards(directory, world, metadata={**metadata, "rollout": mark}, overwrite=True)
-        _barrier(f"seal of {directory}", world)
+        processes.barrier(f"seal of {directory}")
         journal.delete()
     counted = _together(counted, [each["statistics"] for each in told])
     counts = {name: sum(each["counts"][name] for each in told) for name in told[0]["counts"]}
@@ -165,22 +166,6 @@ def _adopt(directory: Path, identity: Mapping[str, Any], episodes: Sequence[Epis
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
-
-
-def _barrier(name: str, world: int) -> None:
-    if world > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _gathered(value: Mapping[str, Any], world: int) -> list[Any]:
-    """What every process has to tell, by rank; returns when all have told."""
-    if world == 1:
-        return [value]
-    # As bytes, because JAX would make float32 of the counts.
-    text = json.dumps(value).encode("ascii").ljust(_MESSAGE_BYTES)
-    assert len(text) == _MESSAGE_BYTES  # a longer one would be an array of another shape
-    rows = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
-    return [json.loads(bytes(row)) for row in np.asarray(rows)]
 
 
 def _plain(counted: RolloutStatistics) -> dict[str, Any]:
