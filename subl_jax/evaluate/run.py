@@ -86,7 +86,6 @@ def evaluate(
       its status and `error` say so, and the summary counts it.
     """
     episodes: dict[tuple[str, str], list[tuple[Task, Trajectory]]] = {}
-    shown_all: frozenset[str] = frozenset()
     plans = [
         ("ambiguous", "sampled", sampling, [(task, k) for task in tasks.ambiguous for k in range(tasks.samples)]),
         (
