@@ -240,7 +240,7 @@ def test_rows_that_do_not_divide_into_their_parts_are_refused():
 
 # --- What a checkpoint is bound to --------------------------------------------------------------------------------------
 
-FREE = {"checkpoint_every": 3, "checkpoint_minutes": 60.0, "keep": 3, "keep_every": 4, "log_every": 2, "prefetch": 0}
+FREE = {"checkpoint_every": 3, "checkpoint_minutes": 60.0, "keep": 3, "keep_every": 4, "log_every": 2, "prefetch": 0, "spike": 9.0}
 
 
 def test_when_things_are_saved_logged_and_fetched_is_no_part_of_a_runs_identity():
