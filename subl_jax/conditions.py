@@ -26,7 +26,7 @@ from subl_jax.metrics.progress import progress
 from subl_jax.models import axes, decoder, hf_import, lora
 from subl_jax.models.config import LoraConfig, ModelConfig
 from subl_jax.parallel import processes
-from subl_jax.parallel.layout import Layout, MeshConfig, make_mesh
+from subl_jax.parallel.layout import Layout, make_mesh, replica_layout
 from subl_jax.rollout import memory
 from subl_jax.settings.interface import Setting
 
@@ -155,9 +155,7 @@ class SeedModels:
         """
         parallel = self.config.parallel
         if own and processes.several():
-            # `fsdp`: it fits any number of heads, and the engine moves it to where it wants it.
-            replica = jax.local_devices()[: self.config.engine.tensor]
-            layout = Layout(make_mesh(MeshConfig(data=1, fsdp=len(replica)), replica), "fsdp")
+            layout = replica_layout(self.config.engine.tensor)
         else:
             rules = parallel.teacher_rules if size == self.teacher_size else parallel.student_rules
             layout = Layout(make_mesh(parallel), rules)

@@ -18,6 +18,7 @@ from subl_jax.distill.objective import Filter, Loss, Objective
 from subl_jax.distill.on_policy import OnPolicyConfig
 from subl_jax.distillation.config import DistillConfig, Spec
 from subl_jax.experiment import seeds_from_flags
+from subl_jax.parallel import processes
 from subl_jax.parallel.devices import configure_cpu
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def define_flags() -> None:
         "profile", None, "Directory that a trace of a few steps is written to, for TensorBoard or Perfetto."
     )
     flags.DEFINE_bool("dry_run", False, "Say what would be trained on what, and stop; no weights are read.")
+    processes.define_flags()
     configuration.define_flags(DEFAULT, "default")
 
 
@@ -149,7 +151,8 @@ def _on_policy(given: Any) -> OnPolicyConfig:
 def main() -> None:
     """Runs the distillation; turns expected failures into one line and exit code 1."""
     try:
-        _run(spec_from_flags())
+        with processes.ending_together():
+            _run(spec_from_flags())
     except (ValueError, OSError, RuntimeError) as error:
         logging.debug("failed", exc_info=True)
         if not (isinstance(error, ValueError | OSError) or type(error).__module__.startswith("subl_jax")):
@@ -160,6 +163,8 @@ def main() -> None:
 
 def _run(spec: Spec) -> None:
     configure_cpu(spec.config.cpu_devices)
+    if not flags.FLAGS.dry_run:
+        processes.start({"configuration": dataclasses.replace(spec, workdir=Path("."))})
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
     from subl_jax.distillation.run import Distillation
 
@@ -167,7 +172,9 @@ def _run(spec: Spec) -> None:
     if flags.FLAGS.dry_run:
         print("\n".join(described(run)))
         return
-    print(distil(run))
+    table = distil(run)
+    if processes.is_first():
+        print(table)
 
 
 def distil(run: Distillation) -> str:
@@ -184,8 +191,11 @@ def distil(run: Distillation) -> str:
     todo = run.stages()
     planned = stages.plan(todo)  # refuses another configuration's work directory before anything is written
     finished = all(each.marker is not None for each in planned)
-    artifacts.write_json_atomic(root / "config.json", artifacts.plain(run.spec))
+    if processes.is_first():
+        artifacts.write_json_atomic(root / "config.json", artifacts.plain(run.spec))
     summary = summaries.build(run, stages.run(todo))
+    if not processes.is_first():
+        return ""
     artifacts.write_json_atomic(root / "summary.json", summary)
     summaries.write_report(root / "report.html", summary, root / "metrics.jsonl")
     head = f"{root} is finished; nothing was run again\n\n" if finished else ""

@@ -86,7 +86,8 @@ class Source:
                 config = dataclasses.replace(below.config, lora=adapter)
             else:
                 config, adapters, _ = lora.load_adapters(self.directory)
-            params = lora.merged(config, decoder.merge(adapters, below.params))
+            together = decoder.merge(adapters, below.params)
+            params = lora.merged(config, together if where is None else axes.place(together, config, layout))
         dtype = self.config.param_dtype
         return Model(self.config, jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params))
 

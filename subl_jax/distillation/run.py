@@ -34,7 +34,8 @@ from subl_jax.distillation.on_policy import check_openings, own_rollouts
 from subl_jax.evaluate.run import held_out_divergence
 from subl_jax.models import axes, decoder, hf_export, hf_import, lora
 from subl_jax.models.config import ModelConfig
-from subl_jax.parallel.layout import Layout, make_mesh
+from subl_jax.parallel import processes
+from subl_jax.parallel.layout import Layout, make_mesh, replica_layout
 from subl_jax.rollout import store
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.engine import rollout
@@ -110,6 +111,11 @@ class Distillation:
                 f"rollout.context={rolled.context} lets an answer grow beyond train.row_tokens={rows}; raise "
                 "--config.train.row_tokens or lower --config.rollout.context"
             )
+        if self.config.on_policy.weight and processes.several():
+            raise ValueError(
+                "--on_policy trains on rollouts of the student by the process that trains it, and runs on one process; leave "
+                "it out, or run on one host"
+            )
         if self.config.on_policy.weight:
             check_openings(self.prompts, self.student.renderer, rolled)
 
@@ -149,14 +155,16 @@ class Distillation:
         model = self.student.load(self.student_layout)
         return Model(vocabulary.aligned_student(model.config, self.shared_tokens), model.params)
 
-    def trained(self, seed: int) -> Model:
-        """A finished student, adapters on what they were trained on."""
+    def trained(self, seed: int, *, own: bool = False) -> Model:
+        """A finished student, adapters on what they were trained on; `own`: whole, on a device of each process."""
         config = dataclasses.replace(
             vocabulary.aligned_student(self.student.config, self.shared_tokens), lora=self.config.adapters
         )
-        params, _ = checkpoint.load_model(self.student_dir(seed) / "params", sharding=self._places(config))
+        where = None if own else self._places(config)
+        params, _ = checkpoint.load_model(self.student_dir(seed) / "params", sharding=where)
         if config.lora is not None:
-            params = decoder.merge(params, self.start().params)
+            start = self.student.load(replica_layout(1)) if own else self.start()
+            params = decoder.merge(params, start.params)
         return Model(config, params)
 
     def _abstract(self, config: ModelConfig) -> Any:
@@ -194,7 +202,8 @@ class Distillation:
         source, sampling, options = self.teacher, self.config.rollout, self.config.engine
 
         def run(todo: Sequence[Episode], statistics: RolloutStatistics) -> Iterator[Trajectory]:
-            teacher = self.load_teacher()
+            # Of several processes each rolls out a copy of its own.
+            teacher = source.load(replica_layout(options.tensor)) if processes.several() else self.load_teacher()
             return rollout(
                 teacher.config, teacher.params, source.renderer, todo, sampling,
                 seed=0, options=options, statistics=statistics, as_finished=True,
@@ -328,7 +337,9 @@ class Distillation:
 
     def make_export(self, seed: int, directory: Path) -> dict[str, Any]:
         """Writes a student as transformers has it, adapters merged."""
-        model = self.trained(seed)
+        model = self.trained(seed, own=processes.several())
+        if not processes.is_first():
+            return {}
         config = dataclasses.replace(self.student.config, lora=model.config.lora)
         longest = self._longest_context().get("max_position_embeddings") or hf_export.MAX_POSITION_EMBEDDINGS
         hf_export.export_folder(
@@ -347,7 +358,7 @@ class Distillation:
             "teacher": self.teacher.identity, "teacher_run": config.teacher, "shared_tokens": self.shared_tokens,
         }  # fmt: skip
         mark = tokenizers.fingerprint(self.student.tokenizer)
-        found = [Stage("tokenizer", self.root / "tokenizer", {"tokenizer": mark}, (), self.make_tokenizer)]
+        found = [Stage("tokenizer", self.root / "tokenizer", {"tokenizer": mark}, (), self.make_tokenizer, alone=True)]
         read: tuple[str, ...] = ("tokenizer",)
         if spec.prompts is not None:
             key = {
@@ -363,7 +374,7 @@ class Distillation:
             "row_tokens": config.train.row_tokens, "drop_long": config.drop_long, "holdout": config.holdout,
             "shared_tokens": self.shared_tokens, "same_format": spec.prompts is not None and self.same_format,
         }  # fmt: skip
-        found.append(Stage("documents", self.root / "documents", key, read, self.make_documents))
+        found.append(Stage("documents", self.root / "documents", key, read, self.make_documents, alone=True))
         if config.holdout:
             key = {**common, **taught}
             found.append(Stage("before", self.root / "before", key, ("documents",), self.make_before))

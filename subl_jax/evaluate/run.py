@@ -27,6 +27,7 @@ from subl_jax.evaluate.readout import NameScores, score_names
 from subl_jax.metrics.progress import progress
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel import processes
+from subl_jax.parallel.devices import replicate
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.engine import rollout
 from subl_jax.rollout.options import EngineConfig
@@ -99,12 +100,7 @@ def evaluate(
     with progress(sum(len(_block(len(plan))) for *_, plan in plans), f"evaluate {label}", unit="episode") as shown:
         for kind, mode, how, plan in plans:
             queue = [
-                Episode(
-                    index,
-                    plan[index][0],
-                    plan[index][1],
-                    functools.partial(setting.environment, plan[index][0], shown_all),
-                )
+                Episode(index, *plan[index], functools.partial(setting.environment, plan[index][0], frozenset()))
                 for index in _block(len(plan))
             ]
             finished: dict[int, Trajectory] = {}
@@ -219,14 +215,24 @@ def held_out_divergence(
 ) -> float:
     """Mean divergence in nats per assistant token on held-out documents: KL(reference || model) by default.
 
-    Of several processes each computes that of its block of the documents.
+    Of several processes each computes that of its block of the documents, or all of them together that of all documents
+    where the models are spread over them.
     """
-    own = [documents[place] for place in _block(len(documents))]
+    spread = not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+    own = documents if spread else [documents[place] for place in _block(len(documents))]
     mean = _own_divergence(config, params, reference_config, reference, own, row_tokens, objective) if own else 0.0
-    if not processes.several():
+    if spread or not processes.several():
         return mean
     told = processes.gather("held-out divergence", [mean, sum(int(document.loss_mask.sum()) for document in own)])
     return sum(each * tokens for each, tokens in told) / sum(tokens for _, tokens in told)
+
+
+def _beside(params: Any, batch: Any) -> Any:
+    """A batch on the devices of the parameters, or on the default one."""
+    where = jax.tree.leaves(params)[0].sharding
+    if where.is_fully_addressable:
+        return jax.tree.map(jnp.asarray, batch)
+    return replicate(batch, where.mesh)
 
 
 def _own_divergence(
@@ -238,13 +244,11 @@ def _own_divergence(
     row_tokens: int,
     objective: Objective,
 ) -> float:
-    """The mean over this process's documents, at least one."""
+    """The mean over some documents, at least one."""
     rows, capacity = len(documents), max([row_tokens, *(len(document.tokens) for document in documents)])
     parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= DOCUMENTS_AT_ONCE)
     # Every document is planned to fill a row, so that each stands in the batch exactly once.
     batch = BatchSource(documents, [capacity] * rows, capacity, rows, 1, 0, micro=parts).batch(0)
     return float(
-        _divergence(config, reference_config, objective)(
-            params, Frozen(teacher=reference), jax.tree.map(jnp.asarray, batch)
-        )
+        _divergence(config, reference_config, objective)(params, Frozen(teacher=reference), _beside(params, batch))
     )

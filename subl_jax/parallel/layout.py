@@ -260,6 +260,15 @@ class Layout:
         return put(batch, self.sharding(("batch",)))
 
 
+def replica_layout(tensor: int) -> Layout:
+    """Where this process reads a model that it will roll out by itself: split over the devices of one replica.
+
+    The rules are those that fit any number of heads; the rollout moves the weights to where it wants them.
+    """
+    replica = jax.local_devices()[:tensor]
+    return Layout(make_mesh(MeshConfig(data=1, fsdp=len(replica)), replica), "fsdp")
+
+
 def bytes_per_device(tree: Any) -> int:
     """Bytes that the first device of each array holds; `tree` has arrays, or abstract arrays with shardings."""
     total = 0

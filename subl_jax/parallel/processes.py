@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import re
-import socket
 import sys
 import time
 import traceback
@@ -21,12 +20,14 @@ from typing import Any, NoReturn
 
 import jax
 from absl import flags, logging
-from jax._src import distributed  # the coordination service's client has no public name
+from jax._src import clusters, distributed  # what JAX finds out of a cluster, and its client, have no public names
 
-from subl_jax.parallel import contract
+from subl_jax.parallel import contract, roll_call
 
 # Seconds of waiting after which it is said for whom.
 _PATIENCE = 30
+# What process 0 leaves the others to read its answers in, before its service is gone.
+_LAST_WORDS_S = 1.0
 # A wait at a barrier ends by itself: one that is dead is found by its missing heartbeats, long before.
 _LONGEST = 24 * 3600
 
@@ -127,25 +128,31 @@ def start(alike: Mapping[str, Any]) -> None:
     beat = _seconds("heartbeat_timeout_s", contract.HEARTBEAT_TIMEOUT, contract.DEFAULT_HEARTBEAT_TIMEOUT)
     # Its handler would swallow SIGTERM for good, whatever the run is doing: see `distill.preemption`.
     jax.config.update("jax_enable_preemption_service", False)
+    address, count, rank = _place(given, timeout)
     try:
-        jax.distributed.initialize(
-            **given, initialization_timeout=timeout, heartbeat_timeout_seconds=beat, shutdown_timeout_seconds=beat
-        )
-    except Exception as error:
-        missing = sorted({int(number) for number in re.findall(r"/task:(\d+)", str(error))})
-        who = f"process {', '.join(map(str, missing))}" if missing else "not all processes"
-        address = distributed.global_state.coordinator_address or "the coordinator"
+        _hosts[:] = roll_call.roll_call(address, count, rank, timeout)
+    except roll_call.RollCallError as error:
         raise ProcessError(
-            f"{who} did not come to {address} within {timeout} s ({' '.join(str(error).split())[:200]}); look at their logs, "
-            f"and raise --start_timeout_s (or {contract.START_TIMEOUT}) if they only come late"
+            f"{error}; look at its log, and raise --start_timeout_s (or {contract.START_TIMEOUT}) if it only comes late"
         ) from error
+    jax.distributed.initialize(
+        **given, initialization_timeout=timeout, heartbeat_timeout_seconds=beat, shutdown_timeout_seconds=beat
+    )
     # Software first: devices of several processes meet when the first of them is looked at, and other versions may not.
-    _hosts[:] = gather("hosts", socket.gethostname())
     for name, own in (("software and configuration", {**_versions(), **_plain(alike)}), ("devices", None)):
         differing = _differences(gather(name, _devices() if own is None else own))
         if differing:
             raise ProcessError(f"processes are unlike each other: {'; '.join(differing[:8])}; start all of them alike")
     logging.info("process %d of %d on %s", jax.process_index(), jax.process_count(), _hosts[jax.process_index()])
+
+
+def _place(given: Mapping[str, Any], timeout: int) -> tuple[str, int, int]:
+    """Address of process 0, how many there are, and which this one is: as given, or as JAX finds out."""
+    address, count, rank, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        given.get("coordinator_address"), given.get("num_processes"), given.get("process_id"), None, None, timeout
+    )
+    assert address is not None and count is not None and rank is not None  # `_in_a_cluster`
+    return address, count, rank
 
 
 def _versions() -> dict[str, Any]:
@@ -176,7 +183,7 @@ def _differences(told: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def several() -> bool:
-    """Whether the run has more than one process."""
+    """Whether the run has more than one process, and has found them."""
     return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
 
 
@@ -255,7 +262,7 @@ def agree(name: str, error: BaseException | None) -> str | None:
 # What JAX, XLA and Gloo say where a process they wait for is gone.
 _LOST = re.compile(
     r"gloo|connection (reset|closed|refused)|broken pipe|heartbeat|coordination|unavailable|socket closed"
-    r"|distributed service|timed out|deadline_exceeded|peer", re.IGNORECASE,
+    r"|distributed service|timed out|deadline_exceeded|peer|did not (come|answer)", re.IGNORECASE,
 )  # fmt: skip
 
 
@@ -280,6 +287,8 @@ def ending_together() -> Iterator[None]:
         yield
         if several():
             barrier("end")
+    except ProcessError as error:
+        _leave(error)
     except BaseException as error:
         if not several():
             raise
@@ -293,6 +302,8 @@ def _leave(error: BaseException) -> NoReturn:
         rank = distributed.global_state.process_id
         lost = " (another process is gone)" if code == contract.PEER_LOST else ""
         print(f"error: process {rank}{_host(rank)}{lost}: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
+    if is_first():  # the others' answers come from here
+        time.sleep(_LAST_WORDS_S)
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()
