@@ -43,6 +43,8 @@ BASE = [
     # Parses shell commands for the Bash setting: what was attempted is read off the syntax, not guessed from text.
     "tree-sitter>=0.25",
     "tree-sitter-bash>=0.25",
+    # Manifests of Kubernetes jobs.
+    "pyyaml>=6",
 ]
 
 TORCH = "torch==2.13.0"
@@ -66,6 +68,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "beartype>=0.22",
         "statsmodels>=0.14.5",
+        "jsonschema>=4.23",
         "ruff>=0.14",
         "pyright[nodejs]>=1.1.400",
     ],

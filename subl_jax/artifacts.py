@@ -330,6 +330,20 @@ def check_writable(directory: str | os.PathLike[str], *, free_bytes: int = 0) ->
         )
 
 
+def workdir(text: str) -> Path:
+    """The work directory of a flag.
+
+    Raises:
+      WorkdirError: an address of an object store, which `Path` would take for a folder of that name.
+    """
+    if "://" in text:
+        raise WorkdirError(
+            f"--workdir={text} is an address; artifacts need a file system (renames that are whole or not at all): mount one on "
+            "every host, such as NFS or Filestore, and give its path"
+        )
+    return Path(text)
+
+
 def versions() -> dict[str, str]:
     """The versions of everything a result may depend on, and the platform. A package that is absent is "absent"."""
     found = {"python": platform.python_version()}

@@ -8,13 +8,12 @@ final name is complete; a damaged one is told from one that belongs to another m
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -187,18 +186,18 @@ def save_model(
     final = Path(directory).absolute()
     partial = artifacts.partial_path(final)
     try:
-        with _together(f"prepare {final}"):
-            _prepare(final, partial, overwrite)
-        with _together(f"save {final}"):
-            ocp.save(str(partial), params, overwrite=True)
-            if processes.is_first():
-                _seal(partial, layout, metadata)
-                artifacts.publish(partial, final)
+        _prepare(final, partial, overwrite)
+        processes.barrier(f"prepare {final}")
+        ocp.save(str(partial), params, overwrite=True)
+        if processes.is_first():
+            _seal(partial, layout, metadata)
+            artifacts.publish(partial, final)
     except FileExistsError as error:
         raise CheckpointError(str(error)) from error
     except _IO_ERRORS as error:
         _discard(partial)
         raise _cannot_write(final, error) from error
+    processes.barrier(f"saved {final}")
 
 
 def _check_params(params: Any) -> None:
@@ -239,26 +238,6 @@ def _prepare(final: Path, partial: Path, overwrite: bool) -> None:
             raise FileExistsError(f"{final} exists already; delete it or choose another directory")
         final.parent.mkdir(parents=True, exist_ok=True)
         _discard(partial)
-
-
-@contextlib.contextmanager
-def _together(name: str) -> Iterator[None]:
-    """A block after which no process goes on if one of them failed: the others would wait for it at the next one.
-
-    Raises:
-      Exception: this process's own.
-      OSError: another process's, in its words.
-    """
-    failed: Exception | None = None
-    try:
-        yield
-    except _IO_ERRORS as error:
-        failed = error
-    said = processes.agree(name, failed)
-    if failed is not None:
-        raise failed
-    if said is not None:
-        raise OSError(said)
 
 
 def _discard(partial: Path) -> None:
@@ -370,13 +349,13 @@ class TrainCheckpointer:
         self._pending: _Pending | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         try:
-            with _together(f"checkpoints in {self.directory}"):
-                if processes.is_first():
-                    artifacts.check_writable(self.directory)
-                    for path in [*self.directory.glob(".*.partial*"), *self.directory.glob(".*.stale")]:
-                        shutil.rmtree(path, ignore_errors=True)
-        except (OSError, artifacts.WorkdirError) as error:
+            if processes.is_first():
+                artifacts.check_writable(self.directory)
+                for path in [*self.directory.glob(".*.partial*"), *self.directory.glob(".*.stale")]:
+                    shutil.rmtree(path, ignore_errors=True)
+        except artifacts.WorkdirError as error:
             raise CheckpointError(str(error)) from error
+        processes.barrier(f"checkpoints in {self.directory}")
 
     def steps(self) -> list[int]:
         """The steps with a complete checkpoint, oldest first."""
@@ -425,10 +404,9 @@ class TrainCheckpointer:
         final = self._path(step)
         partial = artifacts.partial_path(final)
         try:
-            with _together(f"begin to save {final}"):
-                _discard(partial)
-            with _together(f"save {final}"):
-                response = ocp.save_async(str(partial), _storable(state), overwrite=True)
+            _discard(partial)
+            processes.barrier(f"save {final}")
+            response = ocp.save_async(str(partial), _storable(state), overwrite=True)
         except _IO_ERRORS as error:
             _discard(partial)
             raise _cannot_write(final, error) from error
@@ -463,16 +441,10 @@ class TrainCheckpointer:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        failed: CheckpointError | None = None
-        try:
-            pending.done.result()
-        except CheckpointError as error:
-            failed = error
-        said = processes.agree(f"saved {self._path(pending.step)}", failed)
-        if failed is not None:
-            raise failed
-        if said is not None:
-            raise CheckpointError(said)
+        # One of several processes whose part failed does not wait: the others are inside Orbax, waiting for that part, and
+        # its end ends them.
+        pending.done.result()
+        processes.barrier(f"saved {self._path(pending.step)}")
 
     def restore_latest(self, template: Any) -> tuple[Any, int] | None:
         """The newest usable checkpoint as (state, step), or None if there is none yet.

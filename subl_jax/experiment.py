@@ -127,7 +127,7 @@ def _run(setting_name: str) -> None:
             "(--config.teacher.checkpoint=DIR, with --pair=large_small also --config.student.checkpoint=DIR), or look at "
             "the sizes with --dry_run"
         )
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = artifacts.workdir(flags.FLAGS.workdir)
     configure_cpu(config.cpu_devices)
     processes.start({"configuration": config, "seeds": list(seeds), "stage": str(flags.FLAGS.stage)})
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.

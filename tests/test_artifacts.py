@@ -220,3 +220,9 @@ def test_versions_name_what_results_depend_on():
         found
     )
     assert "-" in found["platform"]
+
+
+def test_an_object_store_is_refused_as_a_work_directory_and_a_folder_is_not():
+    with pytest.raises(artifacts.WorkdirError, match="gs://bucket/mine is an address; .* mount one on every host"):
+        artifacts.workdir("gs://bucket/mine")
+    assert artifacts.workdir("runs/mine") == Path("runs/mine")

@@ -124,7 +124,7 @@ def spec_from_flags() -> Spec:
     return Spec(
         config=config,
         student=Path(given.student),
-        workdir=Path(given.workdir or "."),
+        workdir=artifacts.workdir(given.workdir or "."),
         seeds=seeds_from_flags(),
         epochs=0.0 if steps else 1.0 if given.epochs is None else given.epochs,
         cache_top_k=given.cache_top_k,
