@@ -8,7 +8,7 @@ from pathlib import Path
 from subl_jax.launching.command import LaunchError
 from subl_jax.launching.programs import Programs
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # So many digits of a commit name it in stamps, archives and image tags.
 DIGITS = 12
 
