@@ -19,15 +19,19 @@ WITH_DEV := $(MAKE) --no-print-directory setup EXTRAS=$(subst $() ,$(comma),$(so
 
 # What the Bash setting's sandbox needs on Debian and Ubuntu.
 SANDBOX_PACKAGES := bubblewrap uidmap acl
+# A Slurm of this machine's own for the launcher's tests: client, controller, node, and the authentication between them.
+SLURM_PACKAGES := slurm-client slurmctld slurmd munge
 # Test files are spread over so many processes; each file stays in one.
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test setup setup-sandbox sandbox-if-possible lint soak clean
+.PHONY: chaos help demo test setup setup-sandbox sandbox-if-possible setup-slurm test-slurm lint soak clean
 
 help:
 	@echo "make demo                    the API setting end to end at the tiny preset, into $(DEMO_WORKDIR)"
 	@echo "make test                    the whole test suite"
 	@echo "make soak                    chaos and endurance: kills, full disks, fuzzing, 1,000 sandboxes"
+	@echo "make chaos                   twenty disturbed rounds of a distillation on two processes (needs root: it fills a disk)"
+	@echo "make test-slurm              the Slurm launcher in a real Slurm, which it installs (as root, or with sudo)"
 	@echo "make setup-sandbox           Debian packages of the Bash setting's sandbox (as root, or with sudo)"
 	@echo "make lint                    ruff and pyright"
 	@echo "make setup [EXTRAS=dev,...]  only $(VENV); extras: gpu tpu oracles parity report inspect dev"
@@ -82,9 +86,28 @@ test: sandbox-if-possible
 
 soak: sandbox-if-possible
 	@$(WITH_DEV)
-	code=0; $(BIN)/python -m pytest -m soak || code=$$?
+	code=0; $(BIN)/python -m pytest -m soak -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder || code=$$?
 	if [ $$code -eq 5 ]; then echo "no soak tests were collected"; exit 0; fi
 	exit $$code
+
+chaos:
+	@$(WITH_DEV)
+	$(BIN)/python -m tests.chaos --runs=20
+
+setup-slurm:
+	@command -v apt-get >/dev/null || { echo "error: no apt-get here; install the equivalents of: $(SLURM_PACKAGES)" >&2; exit 1; }
+	missing=
+	for program in munged slurmctld slurmd sbatch; do PATH="$$PATH:/usr/sbin" command -v "$$program" >/dev/null || missing="$$missing $$program"; done
+	root=(); if [ "$$(id -u)" -ne 0 ]; then root=(sudo); fi
+	if [ -n "$$missing" ]; then
+	  echo "installing $(SLURM_PACKAGES)"
+	  $${root[@]+"$${root[@]}"} apt-get update -qq
+	  DEBIAN_FRONTEND=noninteractive $${root[@]+"$${root[@]}"} apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) >/dev/null
+	fi
+
+test-slurm: setup-slurm
+	@$(WITH_DEV)
+	SUBL_SLURM_REQUIRED=1 $(BIN)/python -m pytest tests/launching/test_slurm.py -m slurm
 
 lint:
 	@$(WITH_DEV)

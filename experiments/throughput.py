@@ -4,6 +4,7 @@
     python -m experiments.throughput --workload=rollout --against=transformers,transformers_compile --out=rollout.json
     python -m experiments.throughput --workload=rollout --against=tunix --tunix_python=DIR/bin/python --cases=small_*
     python -m experiments.throughput --workload=distill --against=torch,torch_compile,trl
+    python -m experiments.throughput --workload=pipeline --preset=micro --out=pipeline.json
 
 Peers need `make setup EXTRAS=oracles`, TRL `EXTRAS=parity`. All programs are held to the same cores and timed in turns.
 Rounds in which other processes compute are repeated, and told where they cannot be avoided: libraries suffer unlike from

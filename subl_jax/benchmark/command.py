@@ -29,12 +29,18 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "rounds",
         None,
-        "Timed runs of each program; by default 20, or 5 where one exceeds 2 s.",
+        "Timed runs of each program; by default 20, or 5 where one exceeds 2 s (pipeline: 1).",
         lower_bound=1,
         flag_values=into,
     )
     flags.DEFINE_integer(
         "cores", None, "Hold every program to so many cores; by default all that are allowed.", flag_values=into
+    )
+    flags.DEFINE_string(
+        "preset",
+        None,
+        "Of --workload=pipeline: the experiment's preset, micro (default) or tiny.",
+        flag_values=into,
     )
     flags.DEFINE_string(
         "out",
@@ -75,28 +81,34 @@ def run(given: flags.FlagValues) -> None:
     # Before anything that makes threads is imported.
     held = machine.pin(given.cores)
     workload = registry.get_workload(given.workload)
+    if given.preset is not None and workload.name != "pipeline":
+        raise BenchmarkError(f"--preset={given.preset} belongs to --workload=pipeline; leave it out")
     cases = registry.matching(given.cases, workload.cases, "--cases")
     peers = tuple(dict.fromkeys(registry.known(name, workload.peers, "--against") for name in given.against))
     described = workload.describe(cases)
     harness.say("\n".join([held.describe(), *described]))
     rows: list[results.Row] = []
     absent: list[results.Absent] = []
-    for found in workload.measure(cases, peers, registry.Options(held, given.rounds, given.tunix_python)):
+    options = registry.Options(held, given.rounds, given.tunix_python, preset=given.preset)
+    for found in workload.measure(cases, peers, options):
         if isinstance(found, results.Absent):
             absent.append(found)
             harness.say(f"{found.peer} is absent: {found.reason}")
             continue
         rows.append(found)
-        harness.say(results.table([found]).splitlines()[-1])
-    print(results.table(rows))
+        harness.say(workload.table([found]).splitlines()[-1])
+    print(workload.table(rows))
     busy = [row.case for row in rows if row.busy]
     if busy:
         print(
-            f"other processes computed meanwhile (busy_cores) in {', '.join(dict.fromkeys(busy))}: their ratios are no "
-            "results, measure again on an idle machine"
+            f"other processes computed meanwhile (busy_cores) in {', '.join(dict.fromkeys(busy))}: their times and "
+            "ratios are no results, measure again on an idle machine"
         )
     for gone in absent:
         print(f"absent: {gone.peer}: {gone.reason}")
     if out is not None:
         artifacts.write_json_atomic(out, results.document(rows, absent, held, described))
         print(out)
+    wrong = workload.failures(rows)
+    if wrong:
+        raise BenchmarkError("; ".join(wrong))

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from subl_jax.benchmark.harness import BenchmarkError
 from subl_jax.benchmark.machine import Machine, others_cpu_s
-from subl_jax.benchmark.results import Absent, Row
+from subl_jax.benchmark.results import Absent, Row, table
 
 # Name -> the module that exports `WORKLOAD`. Imported when it is asked for: a workload imports only what it measures.
 WORKLOADS: Mapping[str, str] = {
     "rollout": "subl_jax.benchmark.rollout",
     "multiturn": "subl_jax.benchmark.multiturn",
     "distill": "subl_jax.benchmark.distill",
+    "pipeline": "subl_jax.benchmark.pipeline",
 }
 
 
@@ -29,12 +30,14 @@ class Options:
       rounds: how often each program is timed; None: as often as the protocol asks for.
       tunix_python: a Python that has google-tunix, which is not installed beside us.
       others: what other processes use, see `harness.interleave`; None counts busy rounds too.
+      preset: of the experiment, where the workload runs a whole one.
     """
 
     machine: Machine
     rounds: int | None = None
     tunix_python: str | None = None
     others: Callable[[], float | None] | None = others_cpu_s
+    preset: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Workload:
       peers: whom it can be compared with.
       describe: names of cases to the lines that define them.
       measure: cases, peers and options to rows and absent peers, as they are found.
+      table: rows to text.
+      failures: of rows that are no result though they were measured, what is wrong; they end the command with exit code 1.
     """
 
     name: str
@@ -54,6 +59,8 @@ class Workload:
     peers: tuple[str, ...]
     describe: Callable[[Sequence[str]], list[str]]
     measure: Callable[[Sequence[str], Sequence[str], Options], Iterator[Row | Absent]]
+    table: Callable[[Sequence[Row]], str] = table
+    failures: Callable[[Sequence[Row]], list[str]] = lambda found: []
 
 
 def get_workload(name: str) -> Workload:
@@ -74,6 +81,8 @@ def known(name: str, names: Iterable[str], flag: str) -> str:
     names = list(names)
     if name in names:
         return name
+    if not names:
+        raise BenchmarkError(f"{flag}={name}: this workload is compared with nobody; leave {flag} out")
     near = difflib.get_close_matches(name, names, 1, 0.3)
     raise BenchmarkError(
         f"{flag}={name} is unknown: there {'is' if len(names) == 1 else 'are'} {', '.join(names)}"

@@ -168,15 +168,18 @@ def table(found: Sequence[Row]) -> str:
         cells.append(
             (row.case, params, str(row.batch), ours, f"{row.tokens_per_s:.0f}", row.peer or _MISSING, peer, compared)
         )
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    cells.insert(1, tuple("-" * width for width in widths))
-    left = (0, 5)  # names
+    return aligned(cells, left=(0, 5))
+
+
+def aligned(cells: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Lines of cells, the header first, as columns; those in `left` (names) are flush left."""
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in cells
+        for line in [cells[0], tuple("-" * width for width in widths), *cells[1:]]
     )
 
 
