@@ -82,11 +82,11 @@ sandbox-if-possible:
 
 test: sandbox-if-possible
 	@$(WITH_DEV)
-	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not soak and not slurm" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 soak: sandbox-if-possible
 	@$(WITH_DEV)
-	code=0; $(BIN)/python -m pytest -m soak -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder || code=$$?
+	code=0; $(BIN)/python -m pytest -m "soak and not slurm" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder || code=$$?
 	if [ $$code -eq 5 ]; then echo "no soak tests were collected"; exit 0; fi
 	exit $$code
 

@@ -338,8 +338,8 @@ def workdir(text: str) -> Path:
     """
     if "://" in text:
         raise WorkdirError(
-            f"--workdir={text} is an address; artifacts need a file system (renames that are whole or not at all): mount one on "
-            "every host, such as NFS or Filestore, and give its path"
+            f"--workdir={text} is an address; artifacts need a file system, with renames that are whole or not at all: mount "
+            "one on every host, such as NFS or Filestore, and give its path"
         )
     return Path(text)
 

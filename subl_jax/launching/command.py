@@ -24,9 +24,7 @@ def given(arguments: Sequence[str]) -> list[str]:
     if not command:
         raise LaunchError(f"no command is given; put it behind two dashes: {example}")
     if command[0].startswith("-") or "=" in command[0]:
-        raise LaunchError(
-            f"the command begins with {command[0]!r}; its flags come before the dashes: {example}"
-        )
+        raise LaunchError(f"the command begins with {command[0]!r}; its flags come before the dashes: {example}")
     module = command[2] if len(command) > 2 and command[1] == "-m" else ""
     package, _, name = module.partition(".")
     if package == "experiments" and not (EXPERIMENTS / f"{name}.py").exists():

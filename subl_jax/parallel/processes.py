@@ -28,6 +28,8 @@ from subl_jax.parallel import contract, roll_call
 _PATIENCE = 30
 # What process 0 leaves the others to read its answers in, before its service is gone.
 _LAST_WORDS_S = 1.0
+# How long processes that were asked to stop wait for one another.
+_STOPPING_S = 10.0
 # A wait at a barrier ends by itself: one that is dead is found by its missing heartbeats, long before.
 _LONGEST = 24 * 3600
 
@@ -302,7 +304,11 @@ def _leave(error: BaseException) -> NoReturn:
         rank = distributed.global_state.process_id
         lost = " (another process is gone)" if code == contract.PEER_LOST else ""
         print(f"error: process {rank}{_host(rank)}{lost}: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
-    if is_first():  # the others' answers come from here
+    if code == contract.REQUEUE and several():
+        # All have saved; whoever ends first may have its launcher end the rest, who are still closing their files.
+        with contextlib.suppress(Exception):
+            distributed.global_state.client.wait_at_barrier("subl/stopped", int(1000 * _STOPPING_S))  # type: ignore[union-attr]
+    elif is_first():  # the others' answers come from here
         time.sleep(_LAST_WORDS_S)
     logging.flush()
     sys.stdout.flush()

@@ -53,8 +53,8 @@ class Outcome:
 
     def line(self) -> str:
         return (
-            f"{self.kind:14} step {self.moment:3}  rank {self.rank}  exit code {self.code:4}  ended after {self.ended_s:5.1f} s  "
-            f"{self.starts} starts  {'bitwise equal' if self.equal else 'DIFFERENT'}"
+            f"{self.kind:14} step {self.moment:3}  rank {self.rank}  exit code {self.code:4}  "
+            f"ended after {self.ended_s:5.1f} s  {self.starts} starts  {'bitwise equal' if self.equal else 'DIFFERENT'}"
         )
 
 

@@ -21,6 +21,7 @@ from subl_jax import checkpoint
 from subl_jax.checkpoint import CheckpointMismatch, read_metadata
 from subl_jax.distill import loop, teacher_cache
 from subl_jax.distill.accounting import shape_of
+from subl_jax.distill.batches import BatchSource
 from subl_jax.distill.loop import Model, train
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig
@@ -240,7 +241,9 @@ def test_rows_that_do_not_divide_into_their_parts_are_refused():
 
 # --- What a checkpoint is bound to --------------------------------------------------------------------------------------
 
-FREE = {"checkpoint_every": 3, "checkpoint_minutes": 60.0, "keep": 3, "keep_every": 4, "log_every": 2, "prefetch": 0, "spike": 9.0}
+FREE = {
+    "checkpoint_every": 3, "checkpoint_minutes": 60.0, "keep": 3, "keep_every": 4, "log_every": 2, "prefetch": 0, "spike": 9.0,
+}  # fmt: skip
 
 
 def test_when_things_are_saved_logged_and_fetched_is_no_part_of_a_runs_identity():
@@ -512,3 +515,48 @@ def test_adapters_are_all_that_is_trained_and_kept_and_they_resume_bit_for_bit(t
     resumed = run(tmp_path / "cut", student=ADAPTED)
     assert_equal_bits(resumed.params, whole.params)
     assert losses_of(tmp_path / "cut") == values
+
+
+def test_the_batch_of_a_step_that_diverged_is_kept_for_whoever_looks_for_the_cause(tmp_path, monkeypatch):
+    batch = loop.BatchSource.batch
+
+    def poisoned(self, position):
+        found = batch(self, position)
+        return found._replace(loss_weights=found.loss_weights * np.float32(position < 3))  # then 0 / 0
+
+    monkeypatch.setattr(loop.BatchSource, "batch", poisoned)
+    with pytest.raises(
+        TrainingDiverged, match=r"the loss is nan at step 4; .* batch is in .*diverged-00000004\.npz"
+    ) as caught:
+        run(tmp_path)
+    assert caught.value.step == 4
+    kept = np.load(tmp_path / "model" / "diverged-00000004.npz", allow_pickle=False)
+    source = BatchSource(easy_documents(), [12] * 9, CONFIG.row_tokens, CONFIG.batch_rows, CONFIG.steps, 3)
+    expected = poisoned(source, 3)
+    np.testing.assert_array_equal(kept["tokens"], expected.tokens)
+    np.testing.assert_array_equal(kept["loss_weights"], expected.loss_weights)
+
+
+def test_a_spike_stops_the_run_before_its_state_is_kept_and_smaller_jumps_do_not(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, steps=30, checkpoint_every=1)
+    batch, weight = loop.BatchSource.batch, {"of": 1.0}
+
+    def heavy(self, position):
+        """A batch whose loss at step 26 is so many times what it was: tokens that nobody expects."""
+        found = batch(self, position)
+        return (
+            found if position != 25 or weight["of"] == 1.0 else found._replace(tokens=found.tokens[:, :, ::-1].copy())
+        )
+
+    run(tmp_path / "calm", config)
+    losses = [loss for _, loss, _ in losses_of(tmp_path / "calm")]
+    monkeypatch.setattr(loop.BatchSource, "batch", heavy)
+    weight["of"] = 2.0
+    run(tmp_path / "watched", dataclasses.replace(config, spike=0.0))
+    jumped = losses_of(tmp_path / "watched")[25][1] / float(np.median(losses[5:25]))
+    assert jumped > 1.5
+    run(tmp_path / "high bar", dataclasses.replace(config, spike=1.1 * jumped))
+    with pytest.raises(TrainingDiverged, match=r"jumped to .* at step 26; lower the learning rate"):
+        run(tmp_path / "low bar", dataclasses.replace(config, spike=0.9 * jumped))
+    kept = [path.name for path in (tmp_path / "low bar" / "model" / "steps").iterdir() if path.name.isdigit()]
+    assert max(kept) == "00000025"
