@@ -172,6 +172,10 @@ def test_the_experiment_under_slurm_is_stopped_requeued_and_ends_as_an_undisturb
     def conditions(name: str) -> dict:
         return json.loads((tmp_path / name / "summary.json").read_text())["conditions"]
 
+    # Three starts of the same programs: what one has compiled, the others read.
+    cluster.environment.update(
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+    )
     straight = Submitted(cluster, tmp_path, *command("straight"))
     assert straight.end(seconds=400)["JobState"] == "COMPLETED"
     stopped = Submitted(cluster, tmp_path, *command("stopped"))
