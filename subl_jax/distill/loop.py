@@ -364,7 +364,7 @@ def _batch_kept(directory: Path, source: Source) -> Iterator[None]:
             path = directory / f"diverged-{error.step:08d}.npz"
             batch = source.batch(error.step - 1)
             named = {name: value for name, value in batch._asdict().items() if isinstance(value, np.ndarray)}
-            np.savez_compressed(path, **named)
+            np.savez_compressed(path, allow_pickle=False, **named)
             raise TrainingDiverged(f"{error}; the step's batch is in {path}", error.step) from error
         raise
 

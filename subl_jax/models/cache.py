@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -56,9 +57,15 @@ def write(
     A row beyond the slots writes nothing.
     """
     # An index past the end is dropped by the scatter: that is how padding leaves no trace.
-    where = jnp.where(valid > 0, positions, keys.shape[-1])[:, :, None]
-    slots, heads = rows[:, None, None], jnp.arange(keys.shape[1])
-    return (
-        keys.at[slots, heads, :, where].set(new_keys.astype(keys.dtype), mode="drop"),
-        values.at[slots, heads, where].set(new_values.astype(values.dtype), mode="drop"),
-    )
+    where = jnp.where(valid > 0, positions, keys.shape[-1])
+    slots = rows[:, None]
+
+    def one_head(keys, values, new_keys, new_values):
+        return (
+            keys.at[slots, :, where].set(new_keys.astype(keys.dtype), mode="drop"),
+            values.at[slots, where].set(new_values.astype(values.dtype), mode="drop"),
+        )
+
+    # Head by head, so that heads are a batch dimension of the scatter: where they are split over devices, each writes its
+    # own. With their numbers among the indices the compiler gathered what is new on every device.
+    return jax.vmap(one_head, in_axes=(1, 1, 2, 2), out_axes=(1, 1))(keys, values, new_keys, new_values)

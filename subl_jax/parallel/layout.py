@@ -128,7 +128,7 @@ def _torus(shape: tuple[int, int, int], devices: list[Device]) -> np.ndarray:
 
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices=devices)
+        return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     data, fsdp, tensor = shape
     if data % slices:
         raise LayoutError(

@@ -239,7 +239,8 @@ def decode(
     def body(loop: _Loop) -> _Loop:
         state = loop.state
         scores = decoder.logits(config, params, state.last, layout)
-        tokens, logprobs = draw(scores, keys, state.steps, sampling)
+        split = layout is not None and layout.split("vocab") > 1
+        tokens, logprobs = draw(scores, keys, state.steps, sampling, split=split)
         # Past the end of the buffer for slots that rest: such a write is dropped.
         place = jnp.where(state.running, state.steps, sampling.max_turn_tokens)
         stop = jnp.where(state.running, stops.step(automaton, state.stop, tokens), state.stop)

@@ -123,11 +123,24 @@ def _threefry(
     return x, y
 
 
-def gumbel(keys: Key[Array, " slots"], steps: Int[Array, " slots"], vocab_size: int) -> Float[Array, "slots vocab"]:
-    """The noise of one draw: standard Gumbel, a function of each slot's key, its step, and the token's id."""
+def gumbel(
+    keys: Key[Array, " slots"], steps: Int[Array, " slots"], vocab_size: int, *, split: bool = False
+) -> Float[Array, "slots vocab"]:
+    """The noise of one draw: standard Gumbel, a function of each slot's key, its step, and the token's id.
+
+    Args:
+      keys, steps, vocab_size: of the draw.
+      split: for a vocabulary that is split over devices. A counter gives the words of two ids, half a vocabulary apart; each
+        device then computes those of its own ids and drops the other word, instead of being sent half of its noise.
+    """
     half = -(-vocab_size // 2)
-    counters = jnp.arange(half, dtype=jnp.uint32)[None]
-    bits = _threefry(jax.random.key_data(keys), steps.astype(jnp.uint32)[:, None], counters)
+    words, step = jax.random.key_data(keys), steps.astype(jnp.uint32)[:, None]
+    if split:
+        ids = jnp.arange(vocab_size, dtype=jnp.uint32)[None]
+        first, second = _threefry(words, step, jnp.where(ids < half, ids, ids - half))
+        bits = [jnp.where(ids < half, first, second)]
+    else:
+        bits = _threefry(words, step, jnp.arange(half, dtype=jnp.uint32)[None])
     # The upper 23 bits as a number in (0, 1): never 0 or 1, whose noise would be infinite.
     uniform = ((jnp.concatenate(bits, axis=1)[:, :vocab_size] >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return -jnp.log(-jnp.log(uniform))
@@ -195,6 +208,8 @@ def draw(
     keys: Key[Array, " slots"],
     steps: Int[Array, " slots"],
     sampling: SamplingConfig,
+    *,
+    split: bool = False,
 ) -> tuple[Int[Array, " slots"], Float[Array, " slots"]]:
     """Draws one token per slot by the Gumbel-max trick.
 
@@ -207,6 +222,7 @@ def draw(
       keys: one per turn, see `turn_key`.
       steps: tokens that each slot has drawn in its turn; noise depends on key and step only.
       sampling: static. What is off leaves no trace in the compiled program.
+      split: whether the vocabulary is split over devices; see `gumbel`.
 
     Returns:
       Tokens, and their log-probability in nats under the unmodified model (temperature 1, no bias, nothing excluded).
@@ -219,7 +235,7 @@ def draw(
     if sampling.temperature == 0:
         tokens = jnp.argmax(scores, axis=-1)
     else:
-        noise = gumbel(keys, steps, logits.shape[1])
+        noise = gumbel(keys, steps, logits.shape[1], split=split)
         tokens = jnp.argmax(truncate(scores / sampling.temperature, sampling) + noise, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -330,3 +330,10 @@ def test_every_option_is_part_of_the_value():
     options: list[dict[str, Any]] = [{}, *OPTIONS.values(), COMBINED, {"stop": ("\n",)}]
     configs = [SamplingConfig(**each) for each in options]
     assert len({*configs, SamplingConfig(**COMBINED)}) == len(configs)
+
+
+@pytest.mark.parametrize("vocab", [7, 8, 1001])
+def test_a_split_vocabulary_draws_from_the_same_noise_bit_for_bit(vocab):
+    steps = jnp.arange(50)
+    whole, split = (np.asarray(gumbel(KEYS[:50], steps, vocab, split=each)) for each in (False, True))
+    np.testing.assert_array_equal(whole, split)

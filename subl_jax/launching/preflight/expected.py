@@ -20,7 +20,7 @@ from subl_jax.distill.step import Layouts
 from subl_jax.models.config import LAYER_TARGETS, ModelConfig
 from subl_jax.parallel.layout import Layout
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+KINDS: tuple[str, ...] = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 # Bytes of the types that programs count in whatever they compute in: float32 sums, int32 ids.
 _WORD = 4
