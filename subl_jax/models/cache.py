@@ -7,13 +7,15 @@ is copied out before it is used.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from subl_jax.models.config import ModelConfig
+from subl_jax.parallel.layout import Layout
 
 
 class Cache(NamedTuple):
@@ -51,21 +53,42 @@ def write(
     rows: Int[Array, " batch"],
     positions: Int[Array, "batch time"],
     valid: Int[Array, "batch time"],
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "slots kv_heads dim capacity"], Float[Array, "slots kv_heads capacity dim"]]:
     """Writes one layer's new keys and values at their positions of slots `rows`; tokens with valid == 0 are not written.
 
-    A row beyond the slots writes nothing.
+    A row beyond the slots writes nothing. Where the layout splits heads over devices, each writes its own: to the compiler
+    heads are indices like any other, for which it gathered what is new on every device. (As a batch dimension of the scatter
+    they stay apart too, but on a CPU the whole cache is then copied: 7.8 ms against 0.04 at 64 slots.)
     """
+    split = () if layout is None else layout.axes("kv_heads")
+    if layout is None or layout.split("kv_heads") == 1:
+        return _write(keys, values, new_keys, new_values, rows, positions, valid)
+    kept, new = P(None, split), P(None, None, split)
+    where: dict[str, Any] = {} if layout.inside else {"mesh": layout.mesh}
+    return jax.shard_map(
+        _write,
+        in_specs=(kept, kept, new, new, P(), P(), P()),
+        out_specs=(kept, kept),
+        axis_names=set(split),
+        **where,
+    )(keys, values, new_keys, new_values, rows, positions, valid)
+
+
+def _write(
+    keys: Float[Array, "slots kv_heads dim capacity"],
+    values: Float[Array, "slots kv_heads capacity dim"],
+    new_keys: Float[Array, "batch time kv_heads dim"],
+    new_values: Float[Array, "batch time kv_heads dim"],
+    rows: Int[Array, " batch"],
+    positions: Int[Array, "batch time"],
+    valid: Int[Array, "batch time"],
+) -> tuple[Float[Array, "slots kv_heads dim capacity"], Float[Array, "slots kv_heads capacity dim"]]:
+    """`write` of the heads that a device has."""
     # An index past the end is dropped by the scatter: that is how padding leaves no trace.
-    where = jnp.where(valid > 0, positions, keys.shape[-1])
-    slots = rows[:, None]
-
-    def one_head(keys, values, new_keys, new_values):
-        return (
-            keys.at[slots, :, where].set(new_keys.astype(keys.dtype), mode="drop"),
-            values.at[slots, where].set(new_values.astype(values.dtype), mode="drop"),
-        )
-
-    # Head by head, so that heads are a batch dimension of the scatter: where they are split over devices, each writes its
-    # own. With their numbers among the indices the compiler gathered what is new on every device.
-    return jax.vmap(one_head, in_axes=(1, 1, 2, 2), out_axes=(1, 1))(keys, values, new_keys, new_values)
+    where = jnp.where(valid > 0, positions, keys.shape[-1])[:, :, None]
+    slots, heads = rows[:, None, None], jnp.arange(keys.shape[1])
+    return (
+        keys.at[slots, heads, :, where].set(new_keys.astype(keys.dtype), mode="drop"),
+        values.at[slots, heads, where].set(new_values.astype(values.dtype), mode="drop"),
+    )

@@ -178,7 +178,7 @@ class _Block(nn.Module):
         keys = attention.rotary(keys, where.positions, frequency)
         if store is not None:
             rows = jnp.arange(queries.shape[0]) if where.rows is None else where.rows
-            store = write(*store, keys, values, rows, where.positions, where.segments)
+            store = write(*store, keys, values, rows, where.positions, where.segments, layout)
             stored_keys, stored_values = (_constrain(layout, part, None, "kv_heads", None, None) for part in store)
             store = stored_keys, stored_values
             # A copy where rows are picked out (prefill), none where the batch is all slots.
