@@ -72,10 +72,15 @@ def define_flags() -> None:
         "How often all start again after exit code 143 (asked to stop), 75 (lost a process) or a death by a signal.",
         lower_bound=0,
     )
-    flags.DEFINE_integer("start_timeout_s", 120, "Seconds that processes wait for one another.", lower_bound=1)
+    flags.DEFINE_integer(
+        "start_timeout_s",
+        contract.seconds(contract.START_TIMEOUT, 120),
+        "Seconds that processes wait for one another.",
+        lower_bound=1,
+    )
     flags.DEFINE_integer(
         "heartbeat_timeout_s",
-        contract.DEFAULT_HEARTBEAT_TIMEOUT,
+        contract.seconds(contract.HEARTBEAT_TIMEOUT, contract.DEFAULT_HEARTBEAT_TIMEOUT),
         "Seconds of silence after which a process is taken for dead.",
         lower_bound=10,
     )

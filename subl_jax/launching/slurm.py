@@ -124,11 +124,14 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("logs", "slurm_logs", "Folder of the logs, on a file system that every node sees.")
     flags.DEFINE_integer(
-        "start_timeout_s", contract.DEFAULT_START_TIMEOUT, "Seconds that processes wait for one another.", lower_bound=1
+        "start_timeout_s",
+        contract.seconds(contract.START_TIMEOUT, contract.DEFAULT_START_TIMEOUT),
+        "Seconds that processes wait for one another.",
+        lower_bound=1,
     )
     flags.DEFINE_integer(
         "heartbeat_timeout_s",
-        contract.DEFAULT_HEARTBEAT_TIMEOUT,
+        contract.seconds(contract.HEARTBEAT_TIMEOUT, contract.DEFAULT_HEARTBEAT_TIMEOUT),
         "Seconds of silence after which a process is taken for dead.",
         lower_bound=10,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 # Who a process is, where no cluster tells it: `host:port` of process 0's coordination service, how many there are, which
@@ -22,3 +23,15 @@ DEFAULT_HEARTBEAT_TIMEOUT = 100
 REQUEUE = 128 + signal.SIGTERM
 # Exit code of a process that lost another one (dead, frozen, out of reach): it may be started again too, not for ever.
 PEER_LOST = 75
+
+
+def seconds(variable: str, default: int) -> int:
+    """A time-out that the environment has, or the default: flags begin with it, and stand above it.
+
+    Raises:
+      ValueError: it is no number.
+    """
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{variable}={text} is no number of seconds")
+    return int(text)

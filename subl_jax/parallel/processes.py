@@ -67,11 +67,11 @@ def _asked(flag: str, variable: str) -> str | None:
 
 
 def _seconds(flag: str, variable: str, default: int) -> int:
-    value = _asked(flag, variable)
+    value = flags.FLAGS[flag].value if flag in flags.FLAGS else None
     try:
-        return default if value is None else int(value)
-    except ValueError:
-        raise ProcessError(f"{variable}={value} is no number of seconds") from None
+        return contract.seconds(variable, default) if value is None else value
+    except ValueError as error:
+        raise ProcessError(str(error)) from None
 
 
 def identity() -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _leave(error: BaseException) -> NoReturn:
         # All have saved; whoever ends first may have its launcher end the rest, who are still closing their files.
         with contextlib.suppress(Exception):
             distributed.global_state.client.wait_at_barrier("subl/stopped", int(1000 * _STOPPING_S))  # type: ignore[union-attr]
-    elif is_first():  # the others' answers come from here
+    if is_first():  # the others' answers come from here
         time.sleep(_LAST_WORDS_S)
     logging.flush()
     sys.stdout.flush()

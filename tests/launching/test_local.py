@@ -379,3 +379,14 @@ def test_the_launcher_does_not_import_jax() -> None:
         cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0
+
+
+def test_time_outs_of_the_environment_reach_the_processes_unless_a_flag_says_another(tmp_path):
+    script = "import os; print(os.environ['SUBL_HEARTBEAT_TIMEOUT_S'], os.environ['SUBL_START_TIMEOUT_S'])"
+    for flags, said in (((), "17 44"), (("--heartbeat_timeout_s=23",), "23 44")):
+        environment = {**os.environ, "SUBL_HEARTBEAT_TIMEOUT_S": "17", "SUBL_START_TIMEOUT_S": "44"}
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.local", "--processes=2", *flags, "--", "python", "-c", script],
+            cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert sorted(done.stdout.split("\n")) == ["", f"[0] {said}", f"[1] {said}"]
