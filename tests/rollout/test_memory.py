@@ -36,6 +36,12 @@ def fitted(sampling: SamplingConfig = SAMPLING, slots: float = 0, groups: int = 
 ANY = dataclasses.replace(SAMPLING, slots=0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier tests of this process have left on the devices is not counted."""
+    monkeypatch.setattr(programs, "_LOADED", {})
+
+
 @pytest.mark.parametrize("changes", [{}, dict(compute_dtype="bfloat16"), dict(num_kv_heads=4, num_layers=3)], ids=str)
 def test_the_bytes_of_a_slot_are_those_of_its_cache(changes):
     config = dataclasses.replace(CONFIG, **changes)
