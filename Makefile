@@ -21,8 +21,6 @@ WITH_DEV := $(MAKE) --no-print-directory setup EXTRAS=$(subst $() ,$(comma),$(so
 SANDBOX_PACKAGES := bubblewrap uidmap acl
 # A Slurm of this machine's own for the launcher's tests: client, controller, node, and the authentication between them.
 SLURM_PACKAGES := slurm-client slurmctld slurmd munge
-# Ten minutes in one process: begun last, the other process would wait for it.
-LONGEST_FIRST := tests/settings/bash/test_commands_fuzz.py
 # Test files are spread over so many processes; each file stays in one.
 TEST_PROCESSES ?= 2
 
@@ -88,7 +86,7 @@ test: sandbox-if-possible
 
 soak: sandbox-if-possible
 	@$(WITH_DEV)
-	code=0; $(BIN)/python -m pytest $(LONGEST_FIRST) tests -m "soak and not slurm" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder || code=$$?
+	code=0; $(BIN)/python -m pytest -m "soak and not slurm" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder || code=$$?
 	if [ $$code -eq 5 ]; then echo "no soak tests were collected"; exit 0; fi
 	exit $$code
 
