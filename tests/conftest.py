@@ -47,6 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, then slow, then soak; a broken basis shows within seconds. The order within stays."""
 
     def rank(item: pytest.Item) -> int:
-        return 2 if item.get_closest_marker("soak") else 1 if item.get_closest_marker("slow") else 0
+        if item.get_closest_marker("soak"):
+            # Ten minutes in one process: begun last, the others would wait for it.
+            return 2 if item.path.name == "test_commands_fuzz.py" else 3
+        return 1 if item.get_closest_marker("slow") else 0
 
     items.sort(key=rank)
