@@ -144,8 +144,13 @@ def truncate_newest(root: Path, rank: int, draw: random.Random) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def checkpoints(root: Path) -> list[Path]:
+    steps = root / "model" / "steps"
+    return sorted(path for path in steps.iterdir() if path.name.isdigit()) if steps.is_dir() else []
+
+
 def _cut(root: Path, draw: random.Random) -> Path:
-    newest = max(path for path in (root / "model" / "steps").iterdir() if path.name.isdigit())
+    newest = checkpoints(root)[-1]
     files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
     chosen = draw.choice(files)
     with chosen.open("rb+") as file:
@@ -201,6 +206,9 @@ def play(kind: str, root: Path, draw: random.Random, expected: list[np.ndarray])
     with small_disk(root, kind == "fill_disk"):
         run = launch(root)
         reach(run, root, moment)
+        while kind == "truncate" and len(checkpoints(root)) < 2:  # saves are made in the background
+            assert run.poll() is None, f"ended with {len(checkpoints(root))} checkpoints:\n{output_of(root)[-4000:]}"
+            time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.05))
         KINDS[kind](root, rank, draw)
         code, seconds = ended(run, BOUND_S, root)
