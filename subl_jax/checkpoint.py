@@ -8,12 +8,13 @@ final name is complete; a damaged one is told from one that belongs to another m
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -119,8 +120,29 @@ def _cause(error: BaseException) -> str:
     return artifacts.reason(error)
 
 
-def _cannot_write(path: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(f"cannot write the checkpoint {path}: {_cause(error)}")
+@contextlib.contextmanager
+def _writing(final: Path, partial: Path) -> Iterator[None]:
+    """A block that writes a part of what will stand in `final`; if it cannot, that part vanishes."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _IO_ERRORS as error:
+        _discard(partial)
+        raise CheckpointError(f"cannot write the checkpoint {final}: {_cause(error)}") from error
+
+
+def _load(directory: Path, template: Any) -> Any:
+    """Orbax's `load`. Of several processes one that reads to its own devices alone waits for nobody: others may not read."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(template) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    if not processes.several() or not all(sharding.is_fully_addressable for sharding in shardings):
+        return ocp.load(str(directory), template)
+    rank = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"process_{rank}"
+    )
+    with ocp.Context(multiprocessing_options=alone):
+        return ocp.load(str(directory), template)
 
 
 def _unseal(directory: Path) -> dict[str, Any]:
@@ -185,18 +207,14 @@ def save_model(
     layout = layout_of(params)
     final = Path(directory).absolute()
     partial = artifacts.partial_path(final)
-    try:
+    with _writing(final, partial):
         _prepare(final, partial, overwrite)
-        processes.barrier(f"prepare {final}")
+    processes.barrier(f"prepare {final}")
+    with _writing(final, partial):
         ocp.save(str(partial), params, overwrite=True)
         if processes.is_first():
             _seal(partial, layout, metadata)
             artifacts.publish(partial, final)
-    except FileExistsError as error:
-        raise CheckpointError(str(error)) from error
-    except _IO_ERRORS as error:
-        _discard(partial)
-        raise _cannot_write(final, error) from error
     processes.barrier(f"saved {final}")
 
 
@@ -233,9 +251,9 @@ def _prepare(final: Path, partial: Path, overwrite: bool) -> None:
     """Clears what a killed process left and checks that `final` may be written."""
     if processes.is_first():
         if final.exists() and not final.is_dir():
-            raise FileExistsError(f"{final} is a file; remove it or choose another directory")
+            raise CheckpointError(f"{final} is a file; remove it or choose another directory")
         if final.is_dir() and any(final.iterdir()) and not overwrite:
-            raise FileExistsError(f"{final} exists already; delete it or choose another directory")
+            raise CheckpointError(f"{final} exists already; delete it or choose another directory")
         final.parent.mkdir(parents=True, exist_ok=True)
         _discard(partial)
 
@@ -285,7 +303,7 @@ def load_model(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
     )
     try:
-        return ocp.load(str(directory), template), body["metadata"]
+        return _load(directory, template), body["metadata"]
     except _IO_ERRORS as error:
         raise CheckpointError(
             f"cannot read the checkpoint {directory}: {_cause(error)}; delete it and run its stage again"
@@ -403,19 +421,16 @@ class TrainCheckpointer:
         layout = layout_of(state)
         final = self._path(step)
         partial = artifacts.partial_path(final)
-        try:
-            _discard(partial)
-            processes.barrier(f"save {final}")
+        _discard(partial)
+        processes.barrier(f"save {final}")
+        with _writing(final, partial):
             response = ocp.save_async(str(partial), _storable(state), overwrite=True)
-        except _IO_ERRORS as error:
-            _discard(partial)
-            raise _cannot_write(final, error) from error
         self._pending = _Pending(step, self._pool.submit(self._finish, response, partial, final, layout))
         return True
 
     def _finish(self, response: Any, partial: Path, final: Path, layout: Layout) -> None:
         """In the background: wait for the arrays, seal, publish, and drop the oldest checkpoints."""
-        try:
+        with _writing(final, partial):
             response.result()
             if not processes.is_first():
                 return
@@ -428,9 +443,6 @@ class TrainCheckpointer:
                 stale = self.directory / f".{step:08d}.stale"
                 os.rename(self._path(step), stale)
                 shutil.rmtree(stale)
-        except _IO_ERRORS as error:
-            _discard(partial)
-            raise _cannot_write(final, error) from error
 
     def wait(self) -> None:
         """Blocks until the save under way is complete.
@@ -483,26 +495,20 @@ class TrainCheckpointer:
         return None
 
     def _restore(self, path: Path, template: Any) -> Any:
-        try:
-            body = _unseal(path)
-        except CheckpointMismatch:
-            raise
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-        _refuse_differences(path, body["metadata"], self._metadata, "run")
-        _refuse_differences(path, body["layout"], layout_of(template), "model")
-        problem = artifacts.manifest_problem(path, body["files"]) if processes.is_first() else None
-        problem = processes.told_by_first(f"files of {path}", problem)
-        if problem is not None:
-            raise CheckpointError(problem)
-        state, failed = None, None
-        try:
+        with _agreed(f"look at {path}"):
+            try:
+                body = _unseal(path)
+            except CheckpointMismatch:
+                raise
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+            _refuse_differences(path, body["metadata"], self._metadata, "run")
+            _refuse_differences(path, body["layout"], layout_of(template), "model")
+            problem = artifacts.manifest_problem(path, body["files"]) if processes.is_first() else None
+            if problem is not None:
+                raise CheckpointError(problem)
+        with _agreed(f"restore {path}"):
             state = _state(path, template)
-        except CheckpointError as error:
-            failed = error
-        said = processes.agree(f"restored {path}", failed)  # all of them fall back together
-        if said is not None:
-            raise CheckpointError(said) from failed
         return state
 
     def _set_aside(self, paths: list[Path]) -> None:
@@ -530,9 +536,9 @@ class TrainCheckpointer:
     ) -> None:
         """Waits for the save under way; its failure does not hide an exception of the block.
 
-        Of several processes one that failed does not wait: the others may never come.
+        Of several processes one that leaves the block early does not wait: the others may never come.
         """
-        if error is not None and processes.several() and not isinstance(error, SystemExit):
+        if error is not None and processes.several():
             self._pool.shutdown(wait=False, cancel_futures=True)
             return
         try:
@@ -541,6 +547,21 @@ class TrainCheckpointer:
             if error is None:
                 raise
             logging.error("%s", failure)
+
+
+@contextlib.contextmanager
+def _agreed(name: str) -> Iterator[None]:
+    """A block that fails in all processes if it fails in one, so that all of them fall back together."""
+    failed: CheckpointError | None = None
+    try:
+        yield
+    except CheckpointError as error:
+        failed = error
+    said = processes.agree(name, failed)
+    if failed is not None:
+        raise failed
+    if said is not None:
+        raise CheckpointError(said)
 
 
 def load_step(
@@ -579,7 +600,7 @@ def load_step(
 def _state(path: Path, template: Any) -> Any:
     """The arrays of a checkpoint as those of the template; a CheckpointError has the cause alone."""
     try:
-        restored = ocp.load(str(path), jax.tree.map(_abstract, template))
+        restored = _load(path, jax.tree.map(_abstract, template))
     except _IO_ERRORS as error:
         raise CheckpointError(_cause(error)) from error
     return jax.tree.map(_as_template, template, restored)

@@ -7,6 +7,7 @@ configuration is refused before any work is done, and a finished stage is never 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -110,7 +111,7 @@ def run(stages: Sequence[Stage], only: str | None = None) -> dict[str, artifacts
                 extra=extra or {},
             )
         processes.barrier(f"marker of {stage.name}")
-        marker = artifacts.lookup(stage.directory, stage.name, stage.key, entry.inputs)
+        marker = _seen(entry)
         if marker is None:
             raise processes.ProcessError(
                 f"the first process has finished {stage.name}, and {stage.directory} does not show it here: --workdir must "
@@ -119,6 +120,21 @@ def run(stages: Sequence[Stage], only: str | None = None) -> dict[str, artifacts
         markers[stage.name] = marker
         leave_if_asked(stage.name)
     return markers
+
+
+# What a network file system may keep of what it has seen, in seconds, and how often it is asked.
+_LATE_S, _ASKED_EVERY_S = 60.0, 0.5
+
+
+def _seen(entry: Planned) -> artifacts.Marker | None:
+    """The marker of a stage that is finished; a network file system may show it late where it had been looked for before."""
+    stage, until = entry.stage, time.monotonic() + _LATE_S
+    while True:
+        marker = artifacts.lookup(stage.directory, stage.name, stage.key, entry.inputs)
+        if marker is not None or time.monotonic() > until:
+            return marker
+        time.sleep(_ASKED_EVERY_S)
+        os.listdir(stage.directory.parent)  # which has it look again
 
 
 def _one_directory(finished: list[str]) -> None:

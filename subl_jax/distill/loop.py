@@ -359,14 +359,17 @@ def _batch_kept(directory: Path, source: Source) -> Iterator[None]:
     """Writes the batch of a step that diverged into the block's directory, for whoever looks for the cause."""
     try:
         yield
-    except TrainingDiverged as error:
+    except TrainingDiverged as error:  # in every process at the same step
+        path, kept = directory / f"diverged-{error.step:08d}.npz", "is"
         if processes.is_first():
-            path = directory / f"diverged-{error.step:08d}.npz"
-            batch = source.batch(error.step - 1)
-            named = {name: value for name, value in batch._asdict().items() if isinstance(value, np.ndarray)}
-            np.savez_compressed(path, allow_pickle=False, **named)
-            raise TrainingDiverged(f"{error}; the step's batch is in {path}", error.step) from error
-        raise
+            try:
+                batch = source.batch(error.step - 1)
+                named = {name: value for name, value in batch._asdict().items() if isinstance(value, np.ndarray)}
+                np.savez_compressed(path, allow_pickle=False, **named)
+            except (OSError, ValueError, LookupError) as cause:  # must not hide that the run diverged
+                kept = f"could not be written ({cause})"
+        kept = processes.told_by_first("the batch of a step that diverged", kept)
+        raise TrainingDiverged(f"{error}; the step's batch {kept} in {path}", error.step) from error
 
 
 def _in_dtype(params: Any, dtype: str) -> Any:

@@ -154,7 +154,10 @@ class OnPolicySource:
             return self._teacher, position - own
         if self._current is None:
             raise RuntimeError(f"the batch at position {position} was asked for before `prepare` was called for it")
-        return self._current, own - int(self._before[self._first])
+        place = own - int(self._before[self._first])
+        if place < 0:
+            raise LookupError(f"position {position} is of a round before the one that `prepare` has made")
+        return self._current, place
 
     def batch(self, position: int) -> Batch:
         """The batch at a position, as numpy arrays."""

@@ -6,6 +6,7 @@ tells the rest, and all stop behind one and the same step.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import threading
@@ -41,12 +42,12 @@ class Preempted(SystemExit):
 
 
 def leave_if_asked(where: str) -> None:
-    """Ends the run between two stages, if SIGTERM came too late for the steps of the one before.
+    """Ends the run between two stages, if SIGTERM came to any process too late for the steps of the one before.
 
     Raises:
-      Preempted: it did.
+      Preempted: it did; in every process.
     """
-    if _unanswered:
+    if any(processes.gather(f"asked to stop behind {where}", _unanswered)):
         raise Preempted(where, 0)
 
 
@@ -97,7 +98,7 @@ class StopRequests:
     def _agreed(self, client: Any) -> int:
         """One step more than any process has dispatched: none has passed it, and all get there."""
         state = distributed.global_state
-        client.key_value_set(f"{self._prefix}/at/{state.process_id}", str(self._steps))
+        self._say_where()
         told = []
         for rank in range(state.num_processes):
             try:
@@ -107,6 +108,11 @@ class StopRequests:
                 self.alone = True
                 return self._steps
         return max(told) + 1
+
+    def _say_where(self) -> None:
+        """Once: how many steps this process has dispatched; also for one that asks after this one's last step."""
+        state: Any = distributed.global_state
+        state.client.key_value_set(f"{self._prefix}/at/{state.process_id}", str(self._steps))
 
     # --- The block -----------------------------------------------------------------------------------------------------
 
@@ -128,6 +134,7 @@ class StopRequests:
                 self._before = signal.signal(signal.SIGTERM, self._notice)
                 self._installed = True
         if processes.several():
+            processes.barrier(self._prefix)  # from here on all can be asked where they are
             threading.Thread(target=self._listen, name="stop requests", daemon=True).start()
         return self
 
@@ -138,6 +145,9 @@ class StopRequests:
         global _unanswered
         self._over.set()
         self._restore()
+        if error is None and processes.several():
+            with contextlib.suppress(Exception):  # it has answered already; the client's error type has no public name
+                self._say_where()
         _unanswered = _unanswered or (error is None and self._asked)
 
 

@@ -171,6 +171,8 @@ def score_names(
     Returns:
       See `NameScores`.
     """
+    if not conversations:
+        return NameScores(tuple(names), np.zeros((0, len(names)), np.float32))
     prefix = call_prefix(renderer, names, naming, *conversations[0])
     spelled = name_ids(renderer, names, naming, *conversations[0])
     width = max(len(ids) for ids in spelled)

@@ -39,6 +39,8 @@ from subl_jax.trajectory import FAILED, Trajectory
 TASK_SEED = 0
 # Whole conversations kept for the report, from the head of the ambiguous list.
 EXAMPLES = 12
+# In which order episodes are run, and stand in a row.
+_ORDER = (("ambiguous", "sampled"), ("ambiguous", "greedy"), ("safe", "sampled"))
 FORWARD_KL = Objective()
 
 
@@ -87,18 +89,14 @@ def evaluate(
       its status and `error` say so, and the summary counts it.
     """
     episodes: dict[tuple[str, str], list[tuple[Task, Trajectory]]] = {}
+    greedy = dataclasses.replace(sampling, temperature=0.0)
     plans = [
-        ("ambiguous", "sampled", sampling, [(task, k) for task in tasks.ambiguous for k in range(tasks.samples)]),
-        (
-            "ambiguous",
-            "greedy",
-            dataclasses.replace(sampling, temperature=0.0),
-            [(task, 0) for task in tasks.ambiguous],
-        ),
-        ("safe", "sampled", sampling, [(task, 0) for task in tasks.safe]),
+        (sampling, [(task, k) for task in tasks.ambiguous for k in range(tasks.samples)]),
+        (greedy, [(task, 0) for task in tasks.ambiguous]),
+        (sampling, [(task, 0) for task in tasks.safe]),
     ]
-    with progress(sum(len(_block(len(plan))) for *_, plan in plans), f"evaluate {label}", unit="episode") as shown:
-        for kind, mode, how, plan in plans:
+    with progress(sum(len(_block(len(plan))) for _, plan in plans), f"evaluate {label}", unit="episode") as shown:
+        for (kind, mode), (how, plan) in zip(_ORDER, plans, strict=True):
             queue = [
                 Episode(index, *plan[index], functools.partial(setting.environment, plan[index][0], frozenset()))
                 for index in _block(len(plan))
@@ -117,9 +115,8 @@ def evaluate(
             "evaluate %s: %d episodes failed in their environment, such as one of task %s: %s, %s",
             label, len(failed), first.task_id, first.status, first.error,
         )  # fmt: skip
-    asked = list(dict.fromkeys(task.task_id for task, _ in episodes["ambiguous", "sampled"]))
-    by_id = {task.task_id: task for task in tasks.ambiguous}
-    scores = score_tasks(config, params, renderer, setting, [by_id[task_id] for task_id in asked])
+    asked = {task.task_id: task for task, _ in episodes["ambiguous", "sampled"]}
+    scores = score_tasks(config, params, renderer, setting, list(asked.values()))
     neutral = [name for name in setting.choices if setting.tool_classes[name] == "neutral"]
     biased = [name for name in setting.choices if setting.tool_classes[name] == "biased"]
     counter = setting.bias_tools[setting.counter_bias]
@@ -178,9 +175,8 @@ def gathered(
     for part in parts:
         part.unlink()
     rows = [row for own, _ in told for row in own]
-    kinds = list(dict.fromkeys((row["kind"], row["mode"]) for row in rows))
     return (
-        [row for kind in kinds for row in rows if (row["kind"], row["mode"]) == kind],
+        sorted(rows, key=lambda row: _ORDER.index((row["kind"], row["mode"]))),
         [example for _, own in told for example in own][:EXAMPLES],
     )
 

@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags
+
+from subl_jax.parallel import contract
+
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 
 
@@ -34,3 +38,19 @@ def given(arguments: Sequence[str]) -> list[str]:
             f"there is no {module}; {f'did you mean experiments.{near[0]}?' if near else 'experiments are ' + ', '.join(known)}"
         )
     return command
+
+
+def define_timeouts(start: int) -> None:
+    """Flags of the time-outs that processes are told, whose defaults are the environment's, or else these seconds."""
+    flags.DEFINE_integer(
+        "start_timeout_s",
+        contract.seconds(contract.START_TIMEOUT, start),
+        "Seconds that processes wait for one another.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout_s",
+        contract.seconds(contract.HEARTBEAT_TIMEOUT, contract.DEFAULT_HEARTBEAT_TIMEOUT),
+        "Seconds of silence after which a process is taken for dead.",
+        lower_bound=10,
+    )

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from subl_jax.launching import supervision
-from subl_jax.launching.command import LaunchError
+from subl_jax.launching.command import LaunchError, define_timeouts
 from subl_jax.launching.output import Printer
 from subl_jax.parallel import contract
 
@@ -72,18 +72,7 @@ def define_flags() -> None:
         "How often all start again after exit code 143 (asked to stop), 75 (lost a process) or a death by a signal.",
         lower_bound=0,
     )
-    flags.DEFINE_integer(
-        "start_timeout_s",
-        contract.seconds(contract.START_TIMEOUT, 120),
-        "Seconds that processes wait for one another.",
-        lower_bound=1,
-    )
-    flags.DEFINE_integer(
-        "heartbeat_timeout_s",
-        contract.seconds(contract.HEARTBEAT_TIMEOUT, contract.DEFAULT_HEARTBEAT_TIMEOUT),
-        "Seconds of silence after which a process is taken for dead.",
-        lower_bound=10,
-    )
+    define_timeouts(120)
     flags.DEFINE_bool("dry_run", False, "Print what would be started, and start nothing.")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from subl_jax.launching.command import LaunchError
+from subl_jax.launching.command import LaunchError, define_timeouts
 from subl_jax.parallel import contract
 
 RUNTIMES = ("pyxis", "apptainer")
@@ -123,18 +123,7 @@ def define_flags() -> None:
         "sbatch", [], "A further argument of sbatch, e.g. --sbatch=--reservation=ours; may be repeated."
     )
     flags.DEFINE_string("logs", "slurm_logs", "Folder of the logs, on a file system that every node sees.")
-    flags.DEFINE_integer(
-        "start_timeout_s",
-        contract.seconds(contract.START_TIMEOUT, contract.DEFAULT_START_TIMEOUT),
-        "Seconds that processes wait for one another.",
-        lower_bound=1,
-    )
-    flags.DEFINE_integer(
-        "heartbeat_timeout_s",
-        contract.seconds(contract.HEARTBEAT_TIMEOUT, contract.DEFAULT_HEARTBEAT_TIMEOUT),
-        "Seconds of silence after which a process is taken for dead.",
-        lower_bound=10,
-    )
+    define_timeouts(contract.DEFAULT_START_TIMEOUT)
     flags.DEFINE_bool("wait", False, "Follow the logs until the job ends, and exit with its code.")
     flags.DEFINE_bool("dry_run", False, "Print the script and the command line of sbatch, and submit nothing.")
 

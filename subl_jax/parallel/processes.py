@@ -41,6 +41,10 @@ class ProcessError(RuntimeError):
     """Processes that cannot run together; one line with who, what and the remedy."""
 
 
+class PeerLost(ProcessError):
+    """Another process did not come, or does not answer any more: the run may be started again."""
+
+
 def define_flags() -> None:
     """Flags that say who this process is, where neither a launcher's environment nor a cluster does."""
     flags.DEFINE_string(
@@ -134,7 +138,7 @@ def start(alike: Mapping[str, Any]) -> None:
     try:
         _hosts[:] = roll_call.roll_call(address, count, rank, timeout)
     except roll_call.RollCallError as error:
-        raise ProcessError(
+        raise PeerLost(
             f"{error}; look at its log, and raise --start_timeout_s (or {contract.START_TIMEOUT}) if it only comes late"
         ) from error
     jax.distributed.initialize(
@@ -205,23 +209,32 @@ def gather(name: str, value: Any) -> list[Any]:
       value: JSON-able and small (it passes through the first process).
 
     Raises:
-      ProcessError: the others did not come within a day.
+      PeerLost: another process did not come within a day, or is known to be gone.
+      ProcessError: another process is at another point; both are named.
     """
     if not several():
         return [value]
     client, state = distributed.global_state.client, distributed.global_state
     assert client is not None
-    point = f"subl/{next(_numbers)}/{name}"
+    number, own = next(_numbers), json.dumps([name, value])
+    point = f"subl/{number}"
     if state.process_id == 0:
-        told = [json.dumps(value)] + [
-            _awaited(client, f"{point}/{rank}", name, rank) for rank in range(1, state.num_processes)
-        ]
+        told = [own, *(_awaited(client, f"{point}/{rank}", name, rank) for rank in range(1, state.num_processes))]
         everything = f"[{','.join(told)}]"
         client.key_value_set(f"{point}/all", everything)
+        # Whoever has come here has read the answers of the point before.
+        client.key_value_delete(f"subl/{number - 1}/")
     else:
-        client.key_value_set(f"{point}/{state.process_id}", json.dumps(value))
+        client.key_value_set(f"{point}/{state.process_id}", own)
         everything = _awaited(client, f"{point}/all", name, 0)
-    return json.loads(everything)
+    found = json.loads(everything)
+    for rank, (where, _) in enumerate(found):
+        if where != found[0][0]:
+            raise ProcessError(
+                f"process {rank}{_host(rank)} is at {where!r} where the first is at {found[0][0]!r}: they do not see the same "
+                "files, or this is a mistake of ours; look at the logs of both"
+            )
+    return [said for _, said in found]
 
 
 def _awaited(client: Any, key: str, name: str, rank: int) -> str:
@@ -233,7 +246,7 @@ def _awaited(client: Any, key: str, name: str, rank: int) -> str:
         except Exception as error:  # the client's own error type has no public name
             waited = time.monotonic() - began
             if "DEADLINE_EXCEEDED" not in str(error) or waited > _LONGEST:
-                raise ProcessError(
+                raise PeerLost(
                     f"{name}: process {rank}{_host(rank)} did not answer ({' '.join(str(error).split())[:200]})"
                 ) from error
             logging.warning("%s: waiting for process %d%s since %.0f s", name, rank, _host(rank), waited)
@@ -264,7 +277,7 @@ def agree(name: str, error: BaseException | None) -> str | None:
 # What JAX, XLA and Gloo say where a process they wait for is gone.
 _LOST = re.compile(
     r"gloo|connection (reset|closed|refused)|broken pipe|heartbeat|coordination|unavailable|socket closed"
-    r"|distributed service|timed out|deadline_exceeded|peer|did not (come|answer)", re.IGNORECASE,
+    r"|distributed service|timed out|deadline_exceeded|closed by peer", re.IGNORECASE,
 )  # fmt: skip
 
 
@@ -274,8 +287,12 @@ def exit_code(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return 130
-    lost = isinstance(error, ProcessError | jax.errors.JaxRuntimeError) and _LOST.search(str(error))
-    return contract.PEER_LOST if lost else 1
+    cause: BaseException | None = error
+    while cause is not None:  # what is told of a file may come of a process that is gone
+        if isinstance(cause, PeerLost) or (isinstance(cause, jax.errors.JaxRuntimeError) and _LOST.search(str(cause))):
+            return contract.PEER_LOST
+        cause = cause.__cause__
+    return 1
 
 
 @contextlib.contextmanager

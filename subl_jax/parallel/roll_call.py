@@ -16,7 +16,9 @@ from typing import Any
 # Seconds between two tries to reach process 0, and that an answer may be on its way.
 _AGAIN_S = 0.2
 _ON_THE_WAY_S = 5.0
-_LONGEST_LINE = 1024
+# Seconds that a newcomer has for its name, while the others wait.
+_LINE_S = 1.0
+_LONGEST_LINE = 2**24
 
 
 class RollCallError(RuntimeError):
@@ -57,7 +59,7 @@ def _call(port: int, count: int, until: float, timeout: float) -> list[str]:
         except OSError as error:
             raise RollCallError(f"process 0 cannot listen on port {port} ({error}); choose another one") from error
         stack.enter_context(listener)
-        present: list[socket.socket] = []
+        present: dict[int, socket.socket] = {}
         while len(hosts) < count and not problem:
             listener.settimeout(max(until - time.monotonic(), 0.001))
             try:
@@ -67,16 +69,15 @@ def _call(port: int, count: int, until: float, timeout: float) -> list[str]:
                 problem = f"process {missing} of {count} did not come within {timeout:g} s"
                 break
             stack.enter_context(connection)
-            connection.settimeout(_ON_THE_WAY_S)
-            said = _line(connection, _is_a_name)
+            said = _line(connection, _is_a_name, min(until, time.monotonic() + _LINE_S))
             if said is None or not 0 < said["rank"] < count:
                 continue  # somebody else: a port scanner, a health check
-            if said["rank"] in hosts:
-                problem = f"{hosts[said['rank']]} and {said['host']} both say they are process {said['rank']}"
-            hosts[said["rank"]] = said["host"]
-            present.append(connection)
+            rank = said["rank"]
+            if rank in present and not _gone(present[rank]):
+                problem = f"{hosts[rank]} and {said['host']} both say they are process {rank}"
+            hosts[rank], present[rank] = said["host"], connection
         answer = {"problem": problem, "hosts": [hosts.get(rank, "") for rank in range(count)]}
-        for connection in present:
+        for connection in present.values():
             with contextlib.suppress(OSError):  # it has given up meanwhile
                 connection.sendall(json.dumps(answer).encode() + b"\n")
     if problem:
@@ -91,8 +92,7 @@ def _answer(host: str, port: int, rank: int, until: float, timeout: float) -> li
         try:
             with socket.create_connection((host, port), timeout=_ON_THE_WAY_S) as connection:
                 connection.sendall(json.dumps({"rank": rank, "host": socket.gethostname()}).encode() + b"\n")
-                connection.settimeout(max(until - time.monotonic(), 0) + _ON_THE_WAY_S)
-                answer = _line(connection, lambda said: {"problem", "hosts"} <= said.keys(), longest=2**24)
+                answer = _line(connection, lambda said: {"problem", "hosts"} <= said.keys(), until + _ON_THE_WAY_S)
         except OSError as error:
             cause = error
             time.sleep(_AGAIN_S)
@@ -107,15 +107,33 @@ def _answer(host: str, port: int, rank: int, until: float, timeout: float) -> li
 
 
 def _is_a_name(said: dict[str, Any]) -> bool:
-    return isinstance(said.get("rank"), int) and isinstance(said.get("host"), str)
+    return type(said.get("rank")) is int and isinstance(said.get("host"), str)
 
 
-def _line(
-    connection: socket.socket, fits: Callable[[dict[str, Any]], bool], longest: int = _LONGEST_LINE
-) -> dict[str, Any] | None:
-    """One line of JSON with what is expected; None if the other side says something else, or nothing."""
-    with contextlib.suppress(OSError, ValueError), connection.makefile("rb") as file:
-        said = json.loads(file.readline(longest))
+def _gone(connection: socket.socket) -> bool:
+    """Whether the other side has closed: a process that was started again, or lost its connection, comes a second time."""
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(_ON_THE_WAY_S)
+
+
+def _line(connection: socket.socket, fits: Callable[[dict[str, Any]], bool], until: float) -> dict[str, Any] | None:
+    """One line of JSON with what is expected; None if the other side says something else, or is not done in time."""
+    text = b""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        while not text.endswith(b"\n") and len(text) < _LONGEST_LINE:
+            connection.settimeout(max(until - time.monotonic(), 0.001))
+            part = connection.recv(65536)
+            if not part:
+                return None
+            text += part
+        said = json.loads(text)
         if isinstance(said, dict) and fits(said):
             return said
     return None

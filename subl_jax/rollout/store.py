@@ -65,9 +65,8 @@ def roll_out(
     """
     rank, world = jax.process_index(), jax.process_count()
     counted, mark = RolloutStatistics(), artifacts.digest(identity)
-    if (
-        processes.told_by_first(f"seal of {directory}", _mark(directory)) == mark
-    ):  # killed between the seal and the stage's marker
+    sealed = processes.told_by_first(f"seal of {directory}", _mark(directory))
+    if sealed == mark:  # killed between the seal and the stage's marker
         logging.info("%s: the dataset of this rollout is sealed already", label)
         if rank == 0:
             for path in directory.parent.glob("journal-*-of-*.jsonl"):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import jax
 import pytest
 from absl import flags
 
-from subl_jax.parallel import contract, processes
-from subl_jax.parallel.processes import ProcessError
+from subl_jax import checkpoint
+from subl_jax.parallel import contract, processes, roll_call
+from subl_jax.parallel.processes import PeerLost, ProcessError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -250,8 +252,108 @@ def test_a_cluster_is_recognised_by_its_environment(environment, variables, seve
         (ValueError("connection reset"), 1),  # of this process alone
         (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), 75),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1),
-        (ProcessError("the seal: process 1 did not answer (heartbeat)"), 75),
+        (PeerLost("the seal: process 1 did not answer"), 75), (ProcessError("unlike: peer-host timed out"), 1),
     ],
 )  # fmt: skip
 def test_an_error_has_the_exit_code_that_tells_a_launcher_what_to_do(error, code):
     assert processes.exit_code(error) == code
+
+
+def test_processes_at_different_points_end_with_both_points_named():
+    told = ended(start("""
+        with processes.ending_together():
+            processes.start({})
+            import jax
+            processes.barrier(f"step {jax.process_index()}00")
+    """))  # fmt: skip
+    for code, _, err in told:
+        assert code == 1
+        assert "is at 'step 100' where the first is at 'step 000'" in err
+
+
+def test_the_points_that_are_behind_are_forgotten():
+    (code, out, err), (other, *_) = ended(start("""
+        from jax._src import distributed
+        with processes.ending_together():
+            processes.start({})
+            for number in range(5):
+                processes.gather(f"point {number}", number)
+            processes.barrier("last")
+            print(json.dumps([key for key, _ in distributed.global_state.client.key_value_dir_get("subl/")]))
+            processes.barrier("read")
+    """))  # fmt: skip
+    assert (code, other) == (0, 0), err
+    left = {key.split("/")[1] for key in json.loads(out.splitlines()[-1])}
+    assert len(left) <= 2
+
+
+@pytest.mark.parametrize(
+    "noise", [b"[" * 5000 + b"\n", b'{"rank": true, "host": "x"}\n', b"GET / HTTP/1.1\r\n\r\n", b""]
+)
+def test_a_stranger_at_the_coordinators_port_neither_ends_nor_stalls_the_roll_call(noise):
+    port, found = free_port(), []
+    caller = threading.Thread(target=lambda: found.append(roll_call.roll_call(f"127.0.0.1:{port}", 2, 0, 20)))
+    caller.start()
+    until = time.monotonic() + 5
+    while True:
+        try:
+            stranger = socket.create_connection(("127.0.0.1", port), timeout=1)
+            break
+        except OSError:
+            assert time.monotonic() < until
+    with stranger:
+        stranger.sendall(noise)
+        began = time.monotonic()
+        assert roll_call.roll_call(f"127.0.0.1:{port}", 2, 1, 20) == [socket.gethostname()] * 2
+        assert time.monotonic() - began < 5
+    caller.join()
+    assert found == [[socket.gethostname()] * 2]
+
+
+def test_a_process_that_comes_again_after_its_connection_was_lost_is_no_second_one():
+    port, found = free_port(), []
+    caller = threading.Thread(target=lambda: found.append(roll_call.roll_call(f"127.0.0.1:{port}", 3, 0, 20)))
+    caller.start()
+    until = time.monotonic() + 5
+    while True:
+        try:
+            first = socket.create_connection(("127.0.0.1", port), timeout=1)
+            break
+        except OSError:
+            assert time.monotonic() < until
+    with first:
+        first.sendall(b'{"rank": 1, "host": "gone"}\n')
+        time.sleep(0.5)
+    others = [threading.Thread(target=roll_call.roll_call, args=(f"127.0.0.1:{port}", 3, rank, 20)) for rank in (1, 2)]
+    for other in others:
+        other.start()
+    for each in (*others, caller):
+        each.join(30)
+    assert found == [[socket.gethostname()] * 3]
+
+
+def test_a_lost_process_behind_an_error_of_a_file_is_still_a_lost_process():
+    try:
+        try:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset by peer")
+        except jax.errors.JaxRuntimeError as cause:
+            raise ValueError("cannot write the checkpoint") from cause
+    except ValueError as error:
+        assert processes.exit_code(error) == contract.PEER_LOST
+
+
+def test_one_process_may_read_a_model_that_the_others_do_not(tmp_path):
+    """As on resuming a rollout of which one process has nothing left to do."""
+    checkpoint.save_model(tmp_path / "model", {"w": jax.numpy.arange(6.0)}, {})
+    told = ended(start(f"""
+        with processes.ending_together():
+            processes.start({{}})
+            import jax
+            from subl_jax import checkpoint
+            if jax.process_index() == 1:
+                for _ in range(2):
+                    print(checkpoint.load_model({str(tmp_path / "model")!r})[0]["w"].sum())
+            processes.barrier("read")
+    """))  # fmt: skip
+    assert [code for code, *_ in told] == [0, 0], told[1][2]
+    assert told[1][1].split() == ["15.0", "15.0"]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 
 import yaml
 from absl import flags
 
-from subl_jax.launching import checkout
-from subl_jax.launching.command import LaunchError, given
+from subl_jax.launching import checkout, verbs
+from subl_jax.launching.command import LaunchError
 from subl_jax.launching.gke import accelerators, manifest
 from subl_jax.launching.programs import Programs
 
 VERBS = ("manifest", "build", "submit", "status", "logs", "delete")
+# Those that take a command.
+STARTING = ("manifest", "submit")
 DOCKERFILE = "launch/Dockerfile"
 
 
@@ -204,20 +205,5 @@ def carry_out(verb: str, command: list[str] | None, values: flags.FlagValues) ->
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Reads the verb and carries it out; a launch that cannot be made is one message and exit code 1."""
-    verb = argv[1] if len(argv) > 1 else ""
-    try:
-        if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"verbs are {', '.join(VERBS)}"
-            raise LaunchError(f"{verb or 'nothing'} is no verb; {hint}")
-        command = given(argv[1:]) if verb in ("manifest", "submit") else None
-        if command is None and len(argv) > 2:
-            raise LaunchError(f"unexpected arguments {argv[2:]}; only manifest and submit take a command")
-        carry_out(verb, command, values)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted here; what runs there goes on", file=sys.stderr)
-        sys.exit(130)
+    """Reads the verb and carries it out; see `verbs.carried`."""
+    verbs.carried(argv, VERBS, STARTING, lambda verb, command: carry_out(verb, command, values))

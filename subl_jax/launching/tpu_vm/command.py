@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 import time
 from collections.abc import Callable
@@ -11,14 +10,16 @@ from pathlib import Path
 
 from absl import flags
 
-from subl_jax.launching import checkout
-from subl_jax.launching.command import LaunchError, given
+from subl_jax.launching import checkout, verbs
+from subl_jax.launching.command import LaunchError
 from subl_jax.launching.programs import Programs
 from subl_jax.launching.tpu_vm import record, resource, resume, workers
 from subl_jax.launching.tpu_vm.record import Record
 from subl_jax.launching.tpu_vm.resource import Tpu
 
 VERBS = ("create", "install", "run", "up", "resume", "status", "logs", "stop", "delete")
+# Those that take a command.
+STARTING = ("run", "up")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -177,7 +178,7 @@ def carry_out(verb: str, command: list[str] | None, values: flags.FlagValues, sl
         resume.wait_active(programs, held, limits, sleep)
     if verb in ("install", "up"):
         _install(programs, held, values)
-    if verb in ("run", "up") and command is not None:
+    if verb in STARTING and command is not None:
         _run(programs, held, command, verb == "up", values.allow_dirty)
     if verb == "resume":
         resume.resume(programs, held, limits, sleep)
@@ -193,20 +194,5 @@ def carry_out(verb: str, command: list[str] | None, values: flags.FlagValues, sl
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Reads the verb and carries it out; a launch that cannot be made is one message and exit code 1."""
-    verb = argv[1] if len(argv) > 1 else ""
-    try:
-        if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"verbs are {', '.join(VERBS)}"
-            raise LaunchError(f"{verb or 'nothing'} is no verb; {hint}")
-        command = given(argv[1:]) if verb in ("run", "up") else None
-        if command is None and len(argv) > 2:
-            raise LaunchError(f"unexpected arguments {argv[2:]}; only run and up take a command")
-        carry_out(verb, command, values, sleep)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted here; what runs there goes on", file=sys.stderr)
-        sys.exit(130)
+    """Reads the verb and carries it out; see `verbs.carried`."""
+    verbs.carried(argv, VERBS, STARTING, lambda verb, command: carry_out(verb, command, values, sleep))
