@@ -180,14 +180,19 @@ def test_metrics_are_written_every_log_every_steps_and_at_the_end(tmp_path):
     assert result.loss == losses_of(tmp_path)[-1][1]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+def poison(monkeypatch) -> None:
+    """From step 4 on no token of a batch has a weight: the loss is 0 / 0."""
     batch = loop.BatchSource.batch
 
     def poisoned(self, position):
         found = batch(self, position)
-        return found._replace(loss_weights=found.loss_weights * np.float32(position < 3))  # then 0 / 0
+        return found._replace(loss_weights=found.loss_weights * np.float32(position < 3))
 
     monkeypatch.setattr(loop.BatchSource, "batch", poisoned)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    poison(monkeypatch)
     # Nothing is logged at step 4, whose state would be the next to be kept.
     config = TrainConfig(6, 8, 16, CONFIG.optimizer, checkpoint_every=2, log_every=5)
     with pytest.raises(TrainingDiverged, match="base/large: the loss is nan at step 4; lower the learning rate"):
@@ -518,13 +523,7 @@ def test_adapters_are_all_that_is_trained_and_kept_and_they_resume_bit_for_bit(t
 
 
 def test_the_batch_of_a_step_that_diverged_is_kept_for_whoever_looks_for_the_cause(tmp_path, monkeypatch):
-    batch = loop.BatchSource.batch
-
-    def poisoned(self, position):
-        found = batch(self, position)
-        return found._replace(loss_weights=found.loss_weights * np.float32(position < 3))  # then 0 / 0
-
-    monkeypatch.setattr(loop.BatchSource, "batch", poisoned)
+    poison(monkeypatch)
     with pytest.raises(
         TrainingDiverged, match=r"the loss is nan at step 4; .* batch is in .*diverged-00000004\.npz"
     ) as caught:
@@ -532,7 +531,7 @@ def test_the_batch_of_a_step_that_diverged_is_kept_for_whoever_looks_for_the_cau
     assert caught.value.step == 4
     kept = np.load(tmp_path / "model" / "diverged-00000004.npz", allow_pickle=False)
     source = BatchSource(easy_documents(), [12] * 9, CONFIG.row_tokens, CONFIG.batch_rows, CONFIG.steps, 3)
-    expected = poisoned(source, 3)
+    expected = source.batch(3)
     np.testing.assert_array_equal(kept["tokens"], expected.tokens)
     np.testing.assert_array_equal(kept["loss_weights"], expected.loss_weights)
 

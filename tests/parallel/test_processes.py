@@ -287,21 +287,30 @@ def test_the_points_that_are_behind_are_forgotten():
     assert len(left) <= 2
 
 
+def called(count: int) -> tuple[int, threading.Thread, list[list[str]]]:
+    """Process 0 of a roll call in a thread: its port, the thread, and where its answer will be."""
+    port, found = free_port(), []
+    caller = threading.Thread(target=lambda: found.append(roll_call.roll_call(f"127.0.0.1:{port}", count, 0, 20)))
+    caller.start()
+    return port, caller, found
+
+
+def connected(port: int) -> socket.socket:
+    """A connection to it, as soon as it listens."""
+    until = time.monotonic() + 5
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1)
+        except OSError:
+            assert time.monotonic() < until
+
+
 @pytest.mark.parametrize(
     "noise", [b"[" * 5000 + b"\n", b'{"rank": true, "host": "x"}\n', b"GET / HTTP/1.1\r\n\r\n", b""]
 )
 def test_a_stranger_at_the_coordinators_port_neither_ends_nor_stalls_the_roll_call(noise):
-    port, found = free_port(), []
-    caller = threading.Thread(target=lambda: found.append(roll_call.roll_call(f"127.0.0.1:{port}", 2, 0, 20)))
-    caller.start()
-    until = time.monotonic() + 5
-    while True:
-        try:
-            stranger = socket.create_connection(("127.0.0.1", port), timeout=1)
-            break
-        except OSError:
-            assert time.monotonic() < until
-    with stranger:
+    port, caller, found = called(2)
+    with connected(port) as stranger:
         stranger.sendall(noise)
         began = time.monotonic()
         assert roll_call.roll_call(f"127.0.0.1:{port}", 2, 1, 20) == [socket.gethostname()] * 2
@@ -311,17 +320,8 @@ def test_a_stranger_at_the_coordinators_port_neither_ends_nor_stalls_the_roll_ca
 
 
 def test_a_process_that_comes_again_after_its_connection_was_lost_is_no_second_one():
-    port, found = free_port(), []
-    caller = threading.Thread(target=lambda: found.append(roll_call.roll_call(f"127.0.0.1:{port}", 3, 0, 20)))
-    caller.start()
-    until = time.monotonic() + 5
-    while True:
-        try:
-            first = socket.create_connection(("127.0.0.1", port), timeout=1)
-            break
-        except OSError:
-            assert time.monotonic() < until
-    with first:
+    port, caller, found = called(3)
+    with connected(port) as first:
         first.sendall(b'{"rank": 1, "host": "gone"}\n')
         time.sleep(0.5)
     others = [threading.Thread(target=roll_call.roll_call, args=(f"127.0.0.1:{port}", 3, rank, 20)) for rank in (1, 2)]
