@@ -116,6 +116,16 @@ def _in_a_cluster() -> bool:
     return "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES") or "1") > 1
 
 
+def only_one(what: str) -> None:
+    """Refuses several processes for what runs on one: each would do all of it, in the same place.
+
+    Raises:
+      ProcessError: this is one of several.
+    """
+    if identity().get("num_processes", 1) > 1 or _in_a_cluster():
+        raise ProcessError(f"{what} runs on one process; start it without a launcher, or with --processes=1")
+
+
 def start(alike: Mapping[str, Any]) -> None:
     """Joins the other processes of the run, if there are any; before anything touches a device.
 

@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from absl import flags, logging
@@ -16,6 +15,7 @@ from subl_jax import config as configuration
 from subl_jax.config import PAIRS, ExperimentConfig
 from subl_jax.distill.objective import Loss
 from subl_jax.experiment import config_from_flags, seeds_from_flags
+from subl_jax.parallel import processes
 from subl_jax.parallel.devices import configure_cpu
 from subl_jax.presets import PRESETS
 from subl_jax.settings.registry import get_setting
@@ -70,7 +70,8 @@ def _run() -> None:
         raise ValueError(
             "--preset=paper starts from checkpoints and --config.teacher.checkpoint names none; give Hugging Face folders"
         )
-    workdir, setting = Path(flags.FLAGS.workdir), get_setting(config.setting)
+    processes.only_one("experiments.on_policy")
+    workdir, setting = artifacts.workdir(flags.FLAGS.workdir), get_setting(config.setting)
     configure_cpu(config.cpu_devices)
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
     from subl_jax import conditions, stages

@@ -214,6 +214,14 @@ def test_one_process_of_one_needs_no_coordinator(environment):
     assert processes.agree("alone", OSError("full")) == "full"
 
 
+def test_what_runs_on_one_process_is_refused_on_several(environment):
+    processes.only_one("the study")
+    for name, value in ((contract.COORDINATOR, "a:1"), (contract.NUM_PROCESSES, "2"), (contract.PROCESS_ID, "1")):
+        environment.setenv(name, value)
+    with pytest.raises(ProcessError, match="the study runs on one process; start it without a launcher"):
+        processes.only_one("the study")
+
+
 def test_flags_stand_above_the_environment(environment):
     values = flags.FlagValues()
     flags.DEFINE_string("coordinator", None, "", flag_values=values)
