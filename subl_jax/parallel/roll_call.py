@@ -76,6 +76,10 @@ def _call(port: int, count: int, until: float, timeout: float) -> list[str]:
             if rank in present and not _gone(present[rank]):
                 problem = f"{hosts[rank]} and {said['host']} both say they are process {rank}"
             hosts[rank], present[rank] = said["host"], connection
+            if len(hosts) == count:
+                # An answer to one that has gone meanwhile reaches nobody: it comes again, or is missing.
+                for lost in [other for other, known in present.items() if other != rank and _gone(known)]:
+                    del hosts[lost], present[lost]
         answer = {"problem": problem, "hosts": [hosts.get(rank, "") for rank in range(count)]}
         for connection in present.values():
             with contextlib.suppress(OSError):  # it has given up meanwhile

@@ -327,14 +327,16 @@ def test_a_stranger_at_the_coordinators_port_neither_ends_nor_stalls_the_roll_ca
     assert found == [[socket.gethostname()] * 2]
 
 
-def test_a_process_that_comes_again_after_its_connection_was_lost_is_no_second_one():
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)], ids=str)
+def test_a_process_that_comes_again_after_its_connection_was_lost_is_no_second_one(order):
     port, caller, found = called(3)
     with connected(port) as first:
         first.sendall(b'{"rank": 1, "host": "gone"}\n')
         time.sleep(0.5)
-    others = [threading.Thread(target=roll_call.roll_call, args=(f"127.0.0.1:{port}", 3, rank, 20)) for rank in (1, 2)]
+    others = [threading.Thread(target=roll_call.roll_call, args=(f"127.0.0.1:{port}", 3, rank, 20)) for rank in order]
     for other in others:
         other.start()
+        time.sleep(0.5)
     for each in (*others, caller):
         each.join(30)
     assert found == [[socket.gethostname()] * 3]
