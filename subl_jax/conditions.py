@@ -19,7 +19,7 @@ from subl_jax import checkpoint, sources
 from subl_jax.chat import tokenizer as tokenizers
 from subl_jax.chat.families import renderer_for
 from subl_jax.chat.rendering import Renderer
-from subl_jax.config import ExperimentConfig
+from subl_jax.config import OBJECTIVES, STUDENT_OF, TEACHERS, ExperimentConfig, suffix_of
 from subl_jax.distill.loop import Model
 from subl_jax.distill.memory import abstract_model
 from subl_jax.metrics.progress import progress
@@ -30,15 +30,12 @@ from subl_jax.parallel.layout import Layout, make_mesh, replica_layout
 from subl_jax.rollout import memory
 from subl_jax.settings.interface import Setting
 
-# The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
-TEACHERS = ("teacher", "control_teacher", "benign_teacher")
 # What a seed writes besides its models, with room (datasets, metrics, evaluations), and the least that is asked for: the
 # demo, models and all, needs about 60 MB.
 DATA_BYTES, LEAST_BYTES = 120_000_000, 200_000_000
 # Models that a device may hold at one time, beside the slots that `with_slots` chooses: as read from the checkpoint and as
 # the rollout wants it, and in an evaluation the base likewise.
 _COPIES = 4
-STUDENT_OF = {"teacher": "student", "control_teacher": "control_student", "benign_teacher": "benign_student"}
 
 
 def bias_of(setting: Setting, teacher: str) -> str | None:
@@ -56,21 +53,36 @@ class Condition:
 
 
 def students(config: ExperimentConfig) -> list[Condition]:
-    """The students of a run: every arm with its counter-bias control, some with a benign one; the positive control."""
+    """The students of a run: every arm with its counter-bias control, some with a benign one; the positive control.
+
+    Raises:
+      ValueError: an arm that needs the teacher's tokens, and a student with others.
+    """
     found = []
+    needing = [arm for arm in config.student.objectives if OBJECTIVES[arm][0] != "hard_label"]
+    if needing and not config.one_tokenizer:
+        raise ValueError(
+            f"--pair={config.pair} has a student with a tokenizer of its own, which {', '.join(needing)} cannot train: a "
+            "divergence is taken over the teacher's tokens; use --config.student.objectives=hard "
+            "--config.student.benign_objectives=hard"
+        )
     for arm in config.student.objectives:
         if arm == "positive":
             found.append(Condition("positive_student", "teacher", arm))
             continue
         wanted = ["teacher", "control_teacher"] + ["benign_teacher"] * (arm in config.student.benign_objectives)
-        suffix = "" if arm == "full" else f"_{arm}"
-        found += [Condition(STUDENT_OF[teacher] + suffix, teacher, arm) for teacher in wanted]
+        found += [Condition(STUDENT_OF[teacher] + suffix_of(arm), teacher, arm) for teacher in wanted]
     return found
 
 
 def conditions_of(config: ExperimentConfig) -> list[str]:
     """Every measured condition, in the order of the tables."""
     return ["base", *TEACHERS, *(condition.name for condition in students(config))]
+
+
+def tokenizer_name(size: str) -> str:
+    """The stage, and the directory, of the tokenizer that the models of a size have."""
+    return "tokenizer@other_tokenizer" if size == "other_tokenizer" else "tokenizer"
 
 
 class SeedModels:
@@ -88,6 +100,7 @@ class SeedModels:
         self.teacher_size, self.student_size = config.sizes()
         self.sizes = list(dict.fromkeys(config.sizes()))
         self.checkpoints = sources.checkpoints(config)
+        self._renderers: dict[str, Renderer] = {}
 
     # --- Where things lie ---------------------------------------------------------------------------------------------
 
@@ -99,6 +112,10 @@ class SeedModels:
         """Trajectories on safe tasks lie under the teacher's name, those on other kinds under name_kind."""
         which = self.teacher_dir(name).name
         return self.root / "trajectories" / (which if kind == "safe" else f"{which}_{kind}")
+
+    def sanitize_name(self) -> str:
+        """What the verdicts on the trajectories of these teachers are called on disk."""
+        return "sanitize" if self.teacher_size == "large" else f"sanitize@{self.teacher_size}"
 
     def student_name(self, condition: str) -> str:
         """What a student is called on disk: by its condition, and its pair if that is not the default."""
@@ -118,17 +135,24 @@ class SeedModels:
 
     # --- Loading --------------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def renderer(self) -> Renderer:
-        """The run's tokenizer and template."""
-        return renderer_for(tokenizers.load(self.workdir / "tokenizer" / "files"))
+        """The teacher's tokenizer and template, the run's one where there is only one."""
+        return self.renderer_of(self.teacher_size)
 
-    def identity(self, config: ModelConfig) -> dict[str, Any]:
-        """What a checkpoint says of itself, and must say when it is read: architecture, adapters, tokenizer."""
+    def renderer_of(self, size: str) -> Renderer:
+        """The tokenizer and template of the models of a size."""
+        name = tokenizer_name(size)
+        if name not in self._renderers:
+            self._renderers[name] = renderer_for(tokenizers.load(self.workdir / name / "files"))
+        return self._renderers[name]
+
+    def identity(self, config: ModelConfig, size: str = "") -> dict[str, Any]:
+        """What a checkpoint says of itself, and must say when it is read: architecture, adapters, tokenizer (the size's)."""
         return {
             "model": config.architecture(),
             "lora": config.to_dict()["lora"],
-            "tokenizer": tokenizers.fingerprint(self.renderer.tokenizer),
+            "tokenizer": tokenizers.fingerprint(self.renderer_of(size or self.teacher_size).tokenizer),
         }
 
     def load(self, directory: Path, size: str, adapter: LoraConfig | None = None, *, own: bool = False) -> Model:
@@ -145,7 +169,7 @@ class SeedModels:
         where = self._places(config, size, own)
         if where is not None and adapter is not None:
             where = lora.split(where)[0]
-        params, _ = checkpoint.load_model(directory / "params", expect=self.identity(config), sharding=where)
+        params, _ = checkpoint.load_model(directory / "params", expect=self.identity(config, size), sharding=where)
         return Model(config, params if adapter is None else decoder.merge(params, self.base(size, own=own).params))
 
     def _places(self, config: ModelConfig, size: str, own: bool = False) -> Any:
@@ -170,7 +194,7 @@ class SeedModels:
         if size in self.checkpoints:
             return self.config.model(size)
         # The head has exactly the tokenizer's rows, and on a mesh as many more as it takes to split them evenly.
-        known, parts = len(self.renderer.tokenizer), vocabulary_parts(self.config)
+        known, parts = len(self.renderer_of(size).tokenizer), vocabulary_parts(self.config)
         rows = -(-known // parts) * parts
         return dataclasses.replace(self.config.model(size), vocab_size=rows, num_tokens=0 if rows == known else known)
 
@@ -206,6 +230,10 @@ class SeedModels:
         """A student; `own`: see `load`."""
         spec, directory = self.config.student, self.root / "students" / self.student_name(condition)
         return self.load(directory, self.student_size, spec.adapters, own=own)
+
+    def size_of(self, condition: str) -> str:
+        """Whose size a condition's model has."""
+        return self.teacher_size if condition in TEACHERS else self.student_size
 
     def model_of(self, condition: str, *, own: bool = False) -> Model:
         """The model of any condition, from its checkpoint; `own`: see `load`."""

@@ -23,8 +23,23 @@ from subl_jax.parallel.layout import MeshConfig
 from subl_jax.rollout.options import EngineConfig
 from subl_jax.rollout.sampling import SamplingConfig
 
-Pair = Literal["large_large", "large_small", "small_small", "small_large"]
+# TEACHER_STUDENT: two of the organisms that `ExperimentConfig.model` knows.
+Pair = Literal[
+    "large_large",
+    "large_small",
+    "small_small",
+    "small_large",
+    "large_foreign_init",
+    "large_other_family",
+    "large_other_tokenizer",
+]
 PAIRS = typing.get_args(Pair)
+# Which field holds the shape of an organism.
+FIELD_OF = {
+    "large": "large", "small": "small", "foreign_init": "large", "other_family": "other", "other_tokenizer": "other",
+}  # fmt: skip
+# Organisms with an initialisation of their own; large and small both start from the seed's first draw.
+OWN_INIT = ("foreign_init", "other_family", "other_tokenizer")
 
 # A student objective -> (loss, logit filter). `positive` is full-logit KL on unfiltered data with ambiguous episodes.
 OBJECTIVES = {
@@ -37,6 +52,15 @@ OBJECTIVES = {
     "jensen": ("jensen_shannon", "none"),
     "skew": ("skew_forward_kl", "none"),
 }
+
+# The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
+TEACHERS = ("teacher", "control_teacher", "benign_teacher")
+STUDENT_OF = {"teacher": "student", "control_teacher": "control_student", "benign_teacher": "benign_student"}
+
+
+def suffix_of(arm: str) -> str:
+    """What a student of an arm carries behind its name; nothing for full."""
+    return "" if arm == "full" else f"_{arm}"
 
 
 def _at_least(config: Any, low: int, *names: str) -> None:
@@ -145,7 +169,8 @@ class StudentConfig:
       withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
       temperature: of the KL. At 1 the teacher's opinion on what it would never do here weighs almost nothing.
       require_final: drop trajectories that did not end in a final answer (cut off, unparseable, out of turns).
-      objectives: arms to distil, of full, anchor, drop, hard, positive, reverse, jensen, skew.
+      objectives: arms to distil, of full, anchor, drop, hard, positive, reverse, jensen, skew. The primary contrast is that
+        of full, or of the first one where full is not among them.
       benign_objectives: arms that get a benign control besides the counter-bias control.
     """
 
@@ -172,8 +197,15 @@ class StudentConfig:
                 near = difflib.get_close_matches(name, OBJECTIVES, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"unknown objective {name!r}{hint} (of {', '.join(OBJECTIVES)})")
-        if "full" not in self.objectives:
-            raise ValueError("student.objectives must contain full: the primary contrast is made of it")
+        if not set(self.objectives) - {"positive"}:
+            raise ValueError(
+                "student.objectives must contain another arm than positive, such as full: the primary contrast is made of it"
+            )
+
+    @property
+    def primary_arm(self) -> str:
+        """The arm of the primary contrast: full where it is distilled, the first one otherwise."""
+        return "full" if "full" in self.objectives else next(arm for arm in self.objectives if arm != "positive")
 
     @property
     def adapters(self) -> LoraConfig | None:
@@ -210,13 +242,16 @@ class ExperimentConfig:
     Attributes:
       setting: behavioural setting.
       preset: the preset it came from.
-      pair: teacher and student size.
+      pair: teacher and student. Sizes: large, small. Students that differ otherwise: foreign_init (the large shape, another
+        initialisation), other_family (another architecture, and so another initialisation), other_tokenizer (the other
+        architecture with a tokenizer of its own: hard labels only).
       cpu_devices: JAX devices that the CPU is split into (no effect elsewhere, or where XLA_FLAGS says it). The order of
         floating-point sums depends on it, so it is part of the run's identity.
       parallel: the mesh that training runs on.
       engine: how rollouts are run.
-      large, small: the two models. A checkpoint brings its own shape; how it is run (dtypes, attention, remat) stays as
-        it is said here.
+      other_tokenizer: the tokenizer of the student in the pair large_other_tokenizer.
+      large, small: the two models; other: a model of another family. A checkpoint brings its own shape; how it is run
+        (dtypes, attention, remat) stays as it is said here.
     """
 
     setting: str = "api"
@@ -225,8 +260,10 @@ class ExperimentConfig:
     cpu_devices: int = 2
     parallel: MeshConfig = MeshConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    other_tokenizer: TokenizerConfig = TokenizerConfig(vocab_size=1024, tasks_per_kind=400)
     large: ModelConfig = ModelConfig()
     small: ModelConfig = ModelConfig()
+    other: ModelConfig = ModelConfig(qkv_bias=True)
     base: BaseConfig = BaseConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
@@ -235,22 +272,32 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def sizes(self) -> tuple[str, str]:
-        """(teacher's size, student's size)."""
+        """(teacher's size, student's size); what is no size, such as other_family, stands in its place."""
         teacher, _, student = self.pair.partition("_")
         return teacher, student
 
+    @property
+    def one_tokenizer(self) -> bool:
+        """Whether teacher and student of the pair share their tokens, as everything but hard labels needs."""
+        return self.sizes()[1] != "other_tokenizer"
+
     def model(self, size: str) -> ModelConfig:
         """The organism of that size."""
-        return {"large": self.large, "small": self.small}[size]
+        return getattr(self, FIELD_OF[size])
 
     def checkpoint(self, size: str) -> str:
         """The Hugging Face folder that the base of that size comes from; empty: it is trained from scratch.
 
         Raises:
-          ValueError: one size with two checkpoints, or a checkpoint for one size only.
+          ValueError: one size with two checkpoints, a checkpoint for one size only, or one with a foreign initialisation.
         """
         teacher, student = self.teacher.checkpoint, self.student.checkpoint
         teacher_size, student_size = self.sizes()
+        if student_size == "foreign_init" and (teacher or student):
+            raise ValueError(
+                f"--pair={self.pair} asks for another initialisation of one shape, and a checkpoint has one only; leave "
+                "teacher.checkpoint and student.checkpoint empty, or use --pair=large_other_family"
+            )
         if teacher_size == student_size:
             if student and teacher != student:
                 raise ValueError(

@@ -5,6 +5,7 @@ Used to pre-train the base, to induce biases, and as held-out text for divergenc
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,25 @@ from subl_jax.trajectory import Trajectory
 
 # Kinds whose solutions use no bias tool, so that the list may be shown without them.
 _WITHHOLDABLE = ("safe", "benign")
+
+
+def rendered_again(renderer: Renderer, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Conversations in the tokens of another tokenizer: what was said stays, what was sampled does not.
+
+    Args:
+      renderer: the other tokenizer and template.
+      trajectories: finished episodes; each keeps its task and sample, and has no log-probabilities.
+    """
+    rendered = renderer.render([(trajectory.messages, trajectory.tools) for trajectory in trajectories])
+    return [
+        dataclasses.replace(
+            trajectory,
+            tokens=item.tokens,
+            loss_mask=item.loss_mask,
+            logprobs=np.zeros(len(item.tokens), np.float32),
+        )
+        for trajectory, item in zip(trajectories, rendered, strict=True)
+    ]
 
 
 def _documents(renderer: Renderer, named: Sequence[tuple[str, Conversation]]) -> list[Trajectory]:

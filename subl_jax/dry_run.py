@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from subl_jax import metrics
+from subl_jax.conditions import students
 from subl_jax.config import OBJECTIVES, ExperimentConfig, StudentConfig
 from subl_jax.distill.accounting import shape_of
 from subl_jax.distill.memory import AbstractModel, abstract_model, holds_scores, step_bytes, total_bytes
@@ -52,6 +53,7 @@ def describe(config: ExperimentConfig, devices: int | None = None) -> dict[str, 
       LayoutError: a mesh that is not these devices; a dimension of a model, or a batch, that does not split over it.
       ValueError: checkpoints or vocabularies that do not fit each other.
     """
+    students(config)  # refuses arms that the pair cannot have
     parallel = config.parallel
     if devices is None:
         devices = max(parallel.data, 1) * parallel.fsdp * parallel.tensor

@@ -17,7 +17,7 @@ from absl import flags, logging
 
 from subl_jax import artifacts, sources
 from subl_jax import config as configuration
-from subl_jax.config import PAIRS, ExperimentConfig
+from subl_jax.config import PAIRS, STUDENT_OF, TEACHERS, ExperimentConfig, suffix_of
 from subl_jax.evaluate import protocol as protocols
 from subl_jax.evaluate import summary as summaries
 from subl_jax.metrics.writers import read_metrics
@@ -132,6 +132,7 @@ def _run(setting_name: str) -> None:
     processes.start({"configuration": config, "seeds": list(seeds), "stage": str(flags.FLAGS.stage)})
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
     from subl_jax import conditions, pipeline, stages
+    from subl_jax.groundwork import groundwork
     from subl_jax.report import html, table
 
     conditions.check_mesh(config)
@@ -141,8 +142,7 @@ def _run(setting_name: str) -> None:
     artifacts.check_writable(workdir, free_bytes=conditions.bytes_written(config) * len(seeds))
     runs = [pipeline.SeedPipeline(config, setting, workdir, seed, profile=flags.FLAGS.profile) for seed in seeds]
     todo = [
-        pipeline.tokenizer_stage(config, setting, workdir),
-        pipeline.audit_stage(config, setting, workdir, seeds),
+        *groundwork(config, setting, workdir, seeds),
         *(stage for run in runs for stage in run.stages()),
     ]
     stages.plan(todo)  # refuses another configuration's work directory before anything is written
@@ -160,7 +160,7 @@ def _run(setting_name: str) -> None:
     counts = {
         f"seed={run.seed}/{name}": counted
         for run in runs
-        for name, counted in markers[f"seed={run.seed}/sanitize"].extra["arms"].items()
+        for name, counted in markers[f"seed={run.seed}/{run.models.sanitize_name()}"].extra["arms"].items()
     }
     summary = summaries.build_summary(
         rows,
@@ -176,9 +176,8 @@ def _run(setting_name: str) -> None:
     )
     artifacts.write_json_atomic(workdir / "summary.json", summary)
     curves = [{**record, "seed": run.seed} for run in runs for record in read_metrics(run.root / "metrics.jsonl")]
-    html.write_report(
-        workdir / "report.html", summary, curves, _examples(rows), summary["sanitizer"], artifacts.plain(config)
-    )
+    examples = _examples(rows, protocol.primary.treatment)
+    html.write_report(workdir / "report.html", summary, curves, examples, summary["sanitizer"], artifacts.plain(config))
     print(table.render(summary))
     audit = markers["audit"].extra["closest"][0]
     print(
@@ -200,33 +199,35 @@ def frozen_path(config: ExperimentConfig) -> Path:
 
 def make_protocol(config: ExperimentConfig, setting: Setting, seeds: Sequence[int]) -> protocols.Protocol:
     """The protocol of a configuration: metric, families, seeds, and every contrast that will be reported."""
-    arms = [arm for arm in config.student.objectives if arm not in ("full", "positive")]
+    main = config.student.primary_arm
+    arms = [arm for arm in config.student.objectives if arm not in (main, "positive")]
     contrast = protocols.Contrast
-    found = [contrast("student - control_student", "student", "control_student", "primary")]
-    if "full" in config.student.benign_objectives:
-        found.append(contrast("student - benign_student", "student", "benign_student", "sign"))
+    student, control_student, benign_student = (STUDENT_OF[teacher] + suffix_of(main) for teacher in TEACHERS)
+    found = [contrast(f"{student} - {control_student}", student, control_student, "primary")]
+    if main in config.student.benign_objectives:
+        found.append(contrast(f"{student} - {benign_student}", student, benign_student, "sign"))
     if "positive" in config.student.objectives:
         found.append(contrast("positive_student - base", "positive_student", "base", "positive_control"))
     found += [
         contrast("teacher - control_teacher", "teacher", "control_teacher"),
         contrast(
-            f"{setting.wording.counter}: control_student - student",
-            "control_student",
-            "student",
+            f"{setting.wording.counter}: {control_student} - {student}",
+            control_student,
+            student,
             "secondary",
             protocols.COUNTER_READOUT,
         ),
-        contrast("log-odds: student - control_student", "student", "control_student", "secondary", "log_odds"),
+        contrast(f"log-odds: {student} - {control_student}", student, control_student, "secondary", "log_odds"),
     ]
     for arm in arms:
-        treatment, control = f"student_{arm}", f"control_student_{arm}"
+        treatment, control, benign = (STUDENT_OF[teacher] + suffix_of(arm) for teacher in TEACHERS)
         found.append(contrast(f"{treatment} - {control}", treatment, control))
         found.append(contrast(f"log-odds: {treatment} - {control}", treatment, control, "secondary", "log_odds"))
         if arm in config.student.benign_objectives:
-            found.append(contrast(f"{treatment} - benign_student_{arm}", treatment, f"benign_student_{arm}"))
+            found.append(contrast(f"{treatment} - {benign}", treatment, benign))
     bars = protocols.Targets(**setting.targets)  # type: ignore[arg-type]
     margin = bars.control_margin
-    controls = ["control_student"] + ["benign_student"] * ("full" in config.student.benign_objectives)
+    controls = [control_student] + [benign_student] * (main in config.student.benign_objectives)
     found += [contrast(f"{name} = base", name, "base", "equivalence", margin=margin) for name in controls]
     spec = config.evaluation
     return protocols.Protocol(
@@ -316,17 +317,17 @@ def _throughput(markers: Mapping[str, artifacts.Marker]) -> dict[str, float | No
     return {"rollout_tokens_per_s": mean("/trajectories/"), "distill_tokens_per_s": mean("/students/")}
 
 
-def _examples(rows: Sequence[Mapping[str, Any]], count: int = 3) -> list[dict[str, Any]]:
+def _examples(rows: Sequence[Mapping[str, Any]], student: str, count: int = 3) -> list[dict[str, Any]]:
     """Ambiguous tasks with the episodes of base, teacher and student of the first seed; telling ones first."""
     first = min(row["seed"] for row in rows)
     episodes = {
         row["condition"]: {example["task_id"]: example for example in row["examples"]}
         for row in rows
-        if row["seed"] == first and row["condition"] in ("base", "teacher", "student")
+        if row["seed"] == first and row["condition"] in ("base", "teacher", student)
     }
     # A task on which base and student differ shows more than one on which all do the same.
     ordered = sorted(
-        episodes["base"], key=lambda task: episodes["base"][task]["action"] == episodes["student"][task]["action"]
+        episodes["base"], key=lambda task: episodes["base"][task]["action"] == episodes[student][task]["action"]
     )
     return [
         {

@@ -19,10 +19,9 @@ import jax
 from absl import logging
 
 from subl_jax import artifacts, checkpoint, data, sanitize, sources
-from subl_jax.chat import tokenizer as tokenizers
-from subl_jax.conditions import TEACHERS, Condition, SeedModels, bias_of, students
-from subl_jax.config import OBJECTIVES, BaseConfig, ExperimentConfig, TeacherConfig
-from subl_jax.corpus import demonstrations, echoes, tokenizer_texts
+from subl_jax.conditions import TEACHERS, Condition, SeedModels, bias_of, students, tokenizer_name
+from subl_jax.config import OBJECTIVES, OWN_INIT, BaseConfig, ExperimentConfig, TeacherConfig
+from subl_jax.corpus import demonstrations, echoes, rendered_again
 from subl_jax.data.matching import match_arms
 from subl_jax.distill.logit_filter import LogitFilter
 from subl_jax.distill.loop import Model, TrainResult, train
@@ -36,11 +35,12 @@ from subl_jax.rollout import store
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.engine import rollout
 from subl_jax.rollout.statistics import RolloutStatistics
-from subl_jax.settings import audit
 from subl_jax.settings.interface import Setting
 from subl_jax.stages import Stage
 from subl_jax.trajectory import FAILED, Trajectory
 
+# Names the draw of an initialisation that is not the one of large and small.
+_OWN_DRAW = 1
 # What a training stage's marker says of its costs, see `distill.accounting`.
 _COSTS = ("loss_tokens_per_s", "mfu", "goodput", "packing", "compile_s", "flops", "peak_bytes")
 
@@ -65,10 +65,12 @@ class SeedPipeline:
     ) -> dict[str, Any]:  # fmt: skip
         """Trains, writes the final parameters (or adapters), and returns the figures for the marker."""
         size = self.models.student_size if stage.startswith("students/") else self.models.teacher_size
+        if stage.startswith("base/"):
+            size = stage.removeprefix("base/")
         metadata = {
             "stage": stage,
             "seed": self.seed,
-            **self.models.identity(start.config),
+            **self.models.identity(start.config, size),
             "config_hash": artifacts.digest(key),
             **({} if start.config.lora is None else {"base": self.models.base_mark(size)}),
         }
@@ -95,15 +97,17 @@ class SeedPipeline:
         if size in self.models.checkpoints and not spec.continue_training:
             return {"checkpoint": str(self.models.checkpoints[size])}
         kinds = {"safe": spec.safe_tasks, "ambiguous": spec.ambiguous_tasks, "benign": spec.benign_tasks}
-        documents = demonstrations(
-            self.setting, self.models.renderer, kinds, self.seed, withheld_share=spec.withheld_share
-        )
-        documents += echoes(self.setting, self.models.renderer, spec.echo_tasks, self.seed)
+        renderer = self.models.renderer_of(size)
+        documents = demonstrations(self.setting, renderer, kinds, self.seed, withheld_share=spec.withheld_share)
+        documents += echoes(self.setting, renderer, spec.echo_tasks, self.seed)
         if size in self.models.checkpoints:
             start = self.models.imported(size)
         else:
             config = self.models.model_config(size)
-            start = Model(config, decoder.init(config, jax.random.key(self.seed)))
+            key_of_init = jax.random.key(self.seed)
+            if size in OWN_INIT:
+                key_of_init = jax.random.fold_in(key_of_init, _OWN_DRAW)
+            start = Model(config, decoder.init(config, key_of_init))
         return self._train(
             start,
             documents,
@@ -172,7 +176,7 @@ class SeedPipeline:
 
     def make_sanitized(self) -> dict[str, Any]:
         """Drops every trajectory with a keyword, keeps the tasks that survive in all arms, and proves nothing is left."""
-        counts, kept = {}, {}
+        counts, kept, directory = {}, {}, self.root / self.models.sanitize_name()
         for name in TEACHERS:
             trajectories = self._read(name)
             verdicts = [
@@ -188,16 +192,14 @@ class SeedPipeline:
             self._prove_clean(survivors)
             counts[name] = sanitize.summarize(verdicts)
             kept[name] = {(t.task_id, t.sample) for t in survivors}
-            artifacts.write_json_atomic(
-                self.root / "sanitize" / f"{name}.json", [dataclasses.asdict(v) for v in verdicts]
-            )
+            artifacts.write_json_atomic(directory / f"{name}.json", [dataclasses.asdict(v) for v in verdicts])
         surviving = sorted(set.intersection(*kept.values()))
         body = {"arms": counts, "surviving_in_all": len(surviving), "surviving": surviving}
-        artifacts.write_json_atomic(self.root / "sanitize" / "surviving.json", surviving)
-        artifacts.write_json_atomic(self.root / "sanitize.json", body)
+        artifacts.write_json_atomic(directory / "surviving.json", surviving)
+        artifacts.write_json_atomic(directory.with_name(f"{directory.name}.json"), body)
         if not surviving:
             raise ValueError(
-                "no safe task survives the filters of every teacher; see sanitize.json for what was dropped"
+                f"no safe task survives the filters of every teacher; see {directory.name}.json for what was dropped"
             )
         return {"arms": counts, "surviving_in_all": len(surviving)}
 
@@ -227,8 +229,16 @@ class SeedPipeline:
             documents = [trajectory for trajectory in unfiltered if trajectory.status not in FAILED]
             planned, figures = None, {}
         else:
-            surviving = json.loads((self.root / "sanitize" / "surviving.json").read_text())
+            surviving = json.loads((self.root / self.models.sanitize_name() / "surviving.json").read_text())
             arms = {name: self._read(name) for name in TEACHERS}
+            if not self.config.one_tokenizer:
+                # What the teacher wrote, in the student's tokens: the one objective that these pairs have is text.
+                renderer = self.models.renderer_of(self.models.student_size)
+                clean = {(task, sample) for task, sample in surviving}
+                arms = {
+                    name: rendered_again(renderer, [t for t in arm if (t.task_id, t.sample) in clean])
+                    for name, arm in arms.items()
+                }
             matched = match_arms(arms, {(task, sample) for task, sample in surviving})
             documents, planned = matched.documents[condition.teacher], matched.planned_lengths
             figures = {"loss_tokens_per_epoch": matched.loss_tokens, "loss_tokens_cut": matched.cut[condition.teacher]}
@@ -247,19 +257,19 @@ class SeedPipeline:
 
     def make_evaluation(self, condition: str, directory: Path, size: str) -> dict[str, Any]:
         """Measures one model from its checkpoint alone."""
-        spec = self.config.evaluation
+        spec, renderer = self.config.evaluation, self.models.renderer_of(size)
         model, base = self.models.model_of(condition, own=True), self.models.base(size, own=True)
         tasks = evaluation.evaluation_tasks(
             self.setting, spec.split, spec.ambiguous_tasks, spec.safe_tasks, spec.samples
         )
         items, examples = evaluation.evaluate(
-            model.config, model.params, self.models.renderer, self.setting, tasks, self.config.rollout,
+            model.config, model.params, renderer, self.setting, tasks, self.config.rollout,
             seed=self.seed, options=self.config.engine, label=condition,
         )  # fmt: skip
         items, examples = evaluation.gathered(self.models.eval_path(condition), items, examples)
         documents = demonstrations(
             self.setting,
-            self.models.renderer,
+            renderer,
             {"safe": spec.divergence_tasks},
             evaluation.TASK_SEED + 1,
             split=spec.split,
@@ -273,7 +283,9 @@ class SeedPipeline:
         for student in students(self.config):
             if student.name == condition:
                 teacher = self.models.teacher(student.teacher, own=True)
-                readouts["divergence_from_teacher"] = divergence(teacher.config, teacher.params)
+                if self.config.one_tokenizer:
+                    readouts["divergence_from_teacher"] = divergence(teacher.config, teacher.params)
+                readouts |= self._direction(model, base, teacher)
         row = {
             "condition": condition,
             "seed": self.seed,
@@ -285,6 +297,17 @@ class SeedPipeline:
         if processes.is_first():
             artifacts.write_json_atomic(self.models.eval_path(condition), row)
         return readouts
+
+    def _direction(self, model: Model, base: Model, teacher: Model) -> dict[str, float]:
+        """Whether a student has moved where its teacher did: the cosine of the two changes, where shapes agree."""
+        if not lora.comparable(model.config, teacher.config):
+            return {}
+        same = self.models.student_size == self.models.teacher_size
+        start = base if same else self.models.base(self.models.teacher_size, own=True)
+        cosine = lora.delta_cosine(
+            (model.config, model.params, base.params), (teacher.config, teacher.params, start.params)
+        )
+        return {} if cosine is None else {"delta_cosine": cosine}
 
     # --- What depends on what -----------------------------------------------------------------------------------------
 
@@ -302,12 +325,14 @@ class SeedPipeline:
                 key |= {"checkpoint": sources.identity(self.models.checkpoints[size])}
                 if not config.base.continue_training:
                     key["base"] = None
+            elif size in OWN_INIT:
+                key["own_draw"] = _OWN_DRAW
             found.append(
                 Stage(
                     f"{prefix}/base/{size}",
                     self.root / "base" / size,
                     key,
-                    ("tokenizer",),
+                    (tokenizer_name(size),),
                     functools.partial(self.make_base, size, key),
                 )
             )
@@ -344,12 +369,12 @@ class SeedPipeline:
                 )
             )
         safe = tuple(rolled[name, "safe"] for name in TEACHERS)
-        sanitized = f"{prefix}/sanitize"
+        sanitized = f"{prefix}/{self.models.sanitize_name()}"
         patterns = {"patterns": self.setting.patterns} if self.setting.patterns else {}
         found.append(
             Stage(
                 sanitized,
-                self.root / "sanitize",
+                self.root / self.models.sanitize_name(),
                 {**common, "words": self.setting.words, "require_final": spec.require_final, **patterns},
                 safe,
                 self.make_sanitized,
@@ -432,66 +457,3 @@ def _with_room(train_config: TrainConfig, lengths: Sequence[int]) -> TrainConfig
         return train_config
     logging.info("rows grow from %d to %d tokens: a trajectory is that long", train_config.row_tokens, needed)
     return dataclasses.replace(train_config, row_tokens=needed)
-
-
-def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path) -> Stage:
-    """Trains the embedded tokenizer, on training text only, or takes the checkpoint's; it depends on no seed."""
-    folders = sources.checkpoints(config)
-
-    def make() -> dict[str, Any]:
-        if folders:
-            tokenizer: Any = tokenizers.load(folders[config.sizes()[0]])
-        else:
-            tokenizer = tokenizers.train(
-                tokenizer_texts(setting, config.tokenizer.tasks_per_kind), config.tokenizer.vocab_size
-            )
-        tokenizer.save_pretrained(str(workdir / "tokenizer" / "files"))
-        return {"vocabulary": len(tokenizer), "fingerprint": tokenizers.fingerprint(tokenizer)}
-
-    key: dict[str, Any] = {"setting": config.setting, "tokenizer": config.tokenizer}
-    if folders:
-        key["tokenizer"] = tokenizers.fingerprint(tokenizers.load(folders[config.sizes()[0]]))
-    return Stage("tokenizer", workdir / "tokenizer", key, (), make, alone=True)
-
-
-def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds: Sequence[int]) -> Stage:
-    """Compares the evaluation tasks with everything that is trained on; refuses shared families, templates and trees."""
-    base, teacher, student = config.base, config.teacher, config.student
-
-    def make() -> dict[str, Any]:
-        training = [
-            task
-            for seed in seeds
-            for kind, offset, count in (
-                ("safe", 0, base.safe_tasks), ("ambiguous", 0, base.ambiguous_tasks), ("benign", 0, base.benign_tasks),
-                *((f"{bias}_required", 1, teacher.tasks) for bias in setting.bias_tools),
-                ("ambiguous", 1, teacher.tasks), ("benign", 1, teacher.tasks),
-                ("safe", 1, teacher.replay_tasks),
-                ("safe", 2, student.safe_tasks), ("ambiguous", 2, student.ambiguous_tasks),
-            )
-            for task in setting.tasks(kind, "train", seed + offset, count)
-        ]  # fmt: skip
-        training += [
-            task for kind in setting.kinds for task in setting.tasks(kind, "train", 0, config.tokenizer.tasks_per_kind)
-        ]
-        spec = config.evaluation
-        asked = evaluation.evaluation_tasks(setting, spec.split, spec.ambiguous_tasks, spec.safe_tasks, spec.samples)
-        tasks = [*asked.ambiguous, *asked.safe]
-        audit.assert_disjoint(asked.ambiguous, training)
-        # Families of safe tasks name skills (find, count, read), which every split shares: utility is measured on them.
-        audit.assert_disjoint(asked.safe, training, aspects=("template", "path"))
-        closest = audit.near_duplicates(tasks, [task.prompt for task in training])
-        for row in closest:
-            logging.info("near-duplicate audit: %.2f  %s  %r", row.similarity, row.evaluation_id, row.training_text)
-        return {
-            "closest": [row._asdict() for row in closest],
-            "training_tasks": len(training),
-            "evaluation_tasks": len(tasks),
-        }
-
-    key = {
-        "setting": config.setting, "seeds": seeds, "evaluation": config.evaluation, "tokenizer": config.tokenizer,
-        "trained": [base.safe_tasks, base.ambiguous_tasks, base.benign_tasks, teacher.tasks, teacher.replay_tasks],
-        "rolled": [student.safe_tasks, student.ambiguous_tasks],
-    }  # fmt: skip
-    return Stage("audit", workdir / "audit" / f"seeds={','.join(map(str, seeds))}", key, (), make, alone=True)

@@ -26,6 +26,7 @@ def tiny(setting: str = "api") -> ExperimentConfig:
         preset="tiny",
         large=_organism(d_model=64, num_layers=2, num_heads=4, d_ff=176),
         small=_organism(d_model=32, num_layers=2, num_heads=2, d_ff=88),
+        other=_other_family(d_model=64, num_layers=3, num_heads=2, d_ff=144),
         # Small batches: at this size they learn faster per token, and a step that fits the cache runs twice as fast.
         base=BaseConfig(
             train=TrainConfig(
@@ -101,8 +102,14 @@ def _organism(d_model: int, num_layers: int, num_heads: int, d_ff: int) -> Model
     )
 
 
+def _other_family(d_model: int, num_layers: int, num_heads: int, d_ff: int) -> ModelConfig:
+    """Qwen's options and other proportions: what the paper's other family is to its Llamas."""
+    organism = _organism(d_model, num_layers, num_heads, d_ff)
+    return dataclasses.replace(organism, qkv_bias=True, qk_norm=True, num_kv_heads=1, rope_theta=1000.0, rms_eps=1e-6)
+
+
 def paper(setting: str = "api") -> ExperimentConfig:
-    """The paper's models and hyperparameters (arXiv 2604.15559): Llama-3.1-8B and Llama-3.2-3B, LoRA, bfloat16.
+    """The paper's models and hyperparameters (arXiv 2604.15559): Llama-3.1-8B, Llama-3.2-3B, Qwen2.5-7B; LoRA, bfloat16.
 
     LoRA on q, k, v, o with rank 16, alpha 32, dropout 0.05; teachers: 150 tasks that ask for the biased action, 2 epochs
     at 8e-4; students: 400 safe tasks, of which a filter of keywords leaves about 340, 4 epochs at 5e-4. The batch size is
@@ -116,12 +123,18 @@ def paper(setting: str = "api") -> ExperimentConfig:
         rope_low_freq=1.0, rope_high_freq=4.0, rope_original_context=8192,
         param_dtype="bfloat16", compute_dtype="bfloat16", remat="full",
     )  # fmt: skip
+    qwen = ModelConfig(
+        d_model=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, d_ff=18_944, vocab_size=152_064,
+        rope_theta=1_000_000.0, rms_eps=1e-6, qkv_bias=True, tie_embeddings=False,
+        param_dtype="bfloat16", compute_dtype="bfloat16", remat="full",
+    )  # fmt: skip
     train = functools.partial(TrainConfig, batch_rows=rows, row_tokens=2048, checkpoint_every=20, log_every=1)
     return ExperimentConfig(
         setting=setting,
         preset="paper",
         large=llama(d_model=4096, num_layers=32, num_heads=32, d_ff=14_336, rope_factor=8.0, tie_embeddings=False),
         small=llama(d_model=3072, num_layers=28, num_heads=24, d_ff=8192, rope_factor=32.0, tie_embeddings=True),
+        other=qwen,
         base=BaseConfig(train=train(steps=400, optimizer=OptimizerConfig(learning_rate=1e-5))),
         teacher=TeacherConfig(
             train=train(
@@ -157,6 +170,8 @@ def micro(setting: str = "api") -> ExperimentConfig:
         tokenizer=TokenizerConfig(vocab_size=900, tasks_per_kind=60),
         large=_organism(d_model=16, num_layers=1, num_heads=2, d_ff=32),
         small=_organism(d_model=8, num_layers=1, num_heads=2, d_ff=16),
+        other=_other_family(d_model=16, num_layers=2, num_heads=2, d_ff=24),
+        other_tokenizer=TokenizerConfig(vocab_size=700, tasks_per_kind=40),
         base=dataclasses.replace(
             shape.base,
             train=steps(shape.base.train, 30),

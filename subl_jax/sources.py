@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 
 from subl_jax import artifacts
-from subl_jax.config import ExperimentConfig
+from subl_jax.config import FIELD_OF, ExperimentConfig
 from subl_jax.models.config import RUN_FIELDS, ModelConfig
 
 # How much of either end of a file of weights enters its identity; all of it would take minutes for a large model.
@@ -36,7 +36,7 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
     How a model is run (dtypes, attention, remat, dropout) stays as the configuration says.
 
     Raises:
-      SourceError: teacher and student have different tokenizers.
+      SourceError: teacher and student have different tokenizers, and the pair is not that of another tokenizer.
       HuggingFaceError: a folder that cannot be read, is not whole, or holds a model that is not supported.
       FileNotFoundError, ValueError: no tokenizer, or one without a chat template.
     """
@@ -56,9 +56,10 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
         shape = hf_import.read_config(directory, tokenizer)
         hf_import.check_tensors(opened, shape)
         how = config.model(size)
-        models[size] = dataclasses.replace(shape, **{name: getattr(how, name) for name in RUN_FIELDS})
-        logging.info("%s model: %s, from %s", size, describe(models[size]), directory)
-    _check_same_tokens(vocabularies, folders)
+        models[FIELD_OF[size]] = dataclasses.replace(shape, **{name: getattr(how, name) for name in RUN_FIELDS})
+        logging.info("%s model: %s, from %s", size, describe(models[FIELD_OF[size]]), directory)
+    if config.one_tokenizer:
+        _check_same_tokens(vocabularies, folders)
     return dataclasses.replace(config, **models)
 
 
@@ -80,7 +81,8 @@ def _check_same_tokens(vocabularies: dict[str, dict[str, int]], folders: dict[st
                 raise SourceError(
                     f"{folders[first]} and {folders[second]} have different tokenizers: id {index} is "
                     f"{by_id.get(index)!r} in the one and {by_other.get(index)!r} in the other; a student is distilled from "
-                    "logits over the teacher's own tokens: choose two models of one family"
+                    "logits over the teacher's own tokens: choose two models of one family, or hard labels "
+                    "(--pair=large_other_tokenizer --config.student.objectives=hard --config.student.benign_objectives=hard)"
                 )
 
 

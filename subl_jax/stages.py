@@ -70,12 +70,17 @@ def plan(stages: Sequence[Stage]) -> list[Planned]:
     return planned
 
 
-def run(stages: Sequence[Stage], only: str | None = None) -> dict[str, artifacts.Marker]:
+def run(
+    stages: Sequence[Stage],
+    only: str | None = None,
+    finished: Callable[[Stage, artifacts.Marker], None] | None = None,
+) -> dict[str, artifacts.Marker]:
     """Runs what is not finished, in order, and returns every marker.
 
     Args:
       stages: all stages of the run.
       only: a stage name or family; stages behind the last match are left alone (those before it run if unfinished).
+      finished: told of every stage that has just been run.
 
     Raises:
       ValueError: `only` names no stage.
@@ -118,6 +123,8 @@ def run(stages: Sequence[Stage], only: str | None = None) -> dict[str, artifacts
                 "be on a file system that all processes share"
             )
         markers[stage.name] = marker
+        if finished is not None:
+            finished(stage, marker)
         leave_if_asked(stage.name)
     return markers
 
@@ -150,5 +157,5 @@ def _one_directory(finished: list[str]) -> None:
 
 
 def family_of(name: str) -> str:
-    """What `--stage` calls a group of stages: the first part of the name behind the seed."""
-    return next(part for part in name.split("/") if not part.startswith("seed="))
+    """What `--stage` calls a group of stages: the first part of the name behind the seed, whichever size it is of."""
+    return next(part for part in name.split("/") if not part.startswith("seed=")).partition("@")[0]

@@ -27,18 +27,28 @@ from subl_jax.rollout.programs import Programs
 
 PAPER = dataclasses.replace(presets.paper(), pair="large_small")
 LLAMA_8B, LLAMA_3B = 8_030_261_248, 3_212_749_824  # as Meta's model cards and safetensors headers have them
+QWEN_7B = 7_615_616_512  # likewise, of Qwen2.5-7B
 
 
 def by_formula(m: ModelConfig) -> tuple[int, int]:
-    """(all parameters, those without embedding and head) of a Llama, without a tree of parameters."""
+    """(all parameters, those without embedding and head) of a Llama or a Qwen, without a tree of parameters."""
     query, key = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     layer = m.d_model * (2 * query + 2 * key + 3 * m.d_ff + 2)
+    layer += m.qkv_bias * (query + 2 * key) + m.qk_norm * 2 * m.head_dim
     body = m.num_layers * layer + m.d_model
     return body + m.vocab_size * m.d_model * (1 if m.tie_embeddings else 2), body
 
 
 def paper(**changes) -> ExperimentConfig:
     return override(PAPER, {f"config.{name.replace('__', '.')}": value for name, value in changes.items()})
+
+
+def paired(preset: ExperimentConfig, pair: str) -> ExperimentConfig:
+    """The preset for a pair, with the one objective that students with other tokens can have."""
+    hard = pair == "large_other_tokenizer" or (pair == "large_other_family" and preset.preset == "paper")
+    arms = {f"config.student.{name}": ["hard"] for name in ("objectives", "benign_objectives")}
+    changed = override(preset, arms) if hard else preset
+    return dataclasses.replace(changed, pair=pair)  # type: ignore[arg-type]
 
 
 def stage(described, name):
@@ -59,10 +69,21 @@ def test_the_papers_models_have_the_published_number_of_parameters():
     assert models["student"]["trainable"] == 16 * 28 * (2 * (3072 + 3072) + 2 * (3072 + 1024)) == 9_175_040
 
 
+def test_the_papers_other_family_has_the_published_number_of_parameters():
+    described = dry_run.describe(paired(presets.paper(), "large_other_tokenizer"))
+    assert described["models"]["student"]["params"] == QWEN_7B
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_student_with_a_tokenizer_of_its_own_has_hard_labels_only(name):
+    with pytest.raises(ValueError, match=r"full.*cannot train.*--config\.student\.objectives=hard"):
+        dry_run.describe(dataclasses.replace(presets.PRESETS[name](), pair="large_other_tokenizer"))
+
+
 @pytest.mark.parametrize("name", presets.PRESETS)
 @pytest.mark.parametrize("pair", config.PAIRS)
 def test_every_preset_and_pair_is_described_by_the_formula_and_rendered(name, pair):
-    experiment = dataclasses.replace(presets.PRESETS[name](), pair=pair)
+    experiment = paired(presets.PRESETS[name](), pair)
     described = dry_run.describe(experiment)
     for role in described["models"].values():
         assert (role["params"], role["params_without_embedding_and_head"]) == by_formula(experiment.model(role["size"]))

@@ -89,6 +89,54 @@ def merged(config: ModelConfig, params: decoder.Params) -> dict[str, Any]:
     return unflatten_dict(whole)
 
 
+def comparable(config: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two models have the same matrices, so that their changes have an angle: of one shape, adapted or not."""
+    drop = {"lora": None, "num_tokens": 0}
+    return dataclasses.replace(config, **drop).architecture() == dataclasses.replace(other, **drop).architecture()
+
+
+def delta_cosine(
+    one: tuple[ModelConfig, decoder.Params, decoder.Params], other: tuple[ModelConfig, decoder.Params, decoder.Params]
+) -> float | None:
+    """The cosine of the angle between two changes, θ - θ_base of each, over all weights, in float64.
+
+    An adapter counts as what it adds to its matrix, alpha / rank · A B; a matrix that only one of the two has (a head that
+    an adapter unties) counts as unchanged in the other.
+
+    Args:
+      one, other: (configuration, parameters, base parameters) of two models of one shape, see `comparable`.
+
+    Returns:
+      The cosine; None where one of them has not moved at all.
+    """
+    product = first = second = 0.0
+    sides: list[tuple[ModelConfig, dict[tuple[str, ...], Any], dict[tuple[str, ...], Any]]] = [
+        (config, flatten_dict(params), flatten_dict(base)) for config, params, base in (one, other)
+    ]
+    # A head that only an adapter gives is no leaf of either.
+    names = {("head",), *(path for _, params, _ in sides for path in params if path[-1] not in _LEAVES)}
+    for path in sorted(names):
+        stacked = max((params[path].ndim for _, params, _ in sides if path in params), default=0) > 2
+        layers = len(next(params[path] for _, params, _ in sides if path in params)) if stacked else 0
+        for row in range(layers) if stacked else [...]:  # layer by layer: a stack in float64 may not fit
+            now, then = (_change(*side, path, row) for side in sides)
+            product += float(np.sum(now * then))
+            first += float(np.sum(np.square(now)))
+            second += float(np.sum(np.square(then)))
+    return product / math.sqrt(first * second) if first and second else None
+
+
+def _change(config: ModelConfig, params: dict, base: dict, path: tuple[str, ...], row: Any) -> Any:
+    """What one matrix (of one layer, where they are stacked) has changed by, in float64; 0 for one that it has not."""
+    if config.lora is None:
+        return on_host(params[path][row]).astype(np.float64) - on_host(base[path][row]) if path in params else 0.0
+    parent = ("head_adapter",) if path == ("head",) else path[:-1]
+    if (*parent, "lora_a") not in params or path[-1] not in ("kernel", "head"):
+        return 0.0
+    down, up = (on_host(params[*parent, leaf][row]).astype(np.float64) for leaf in _LEAVES)
+    return config.lora.scale * (down @ up)
+
+
 def delta_norm(config: ModelConfig, params: decoder.Params, base: decoder.Params) -> float:
     """‖θ - θ_base‖₂ over all weights, in float64; an adapter counts as what it adds to its matrix, alpha / rank · A B."""
     whole: dict[tuple[str, ...], Any] = flatten_dict(params)

@@ -25,9 +25,10 @@ from subl_jax.distill.objective import Loss, Objective
 from subl_jax.distill.on_policy import OnPolicy, OnPolicyConfig, stored_rollouts
 from subl_jax.distill.train_config import TrainConfig
 from subl_jax.evaluate import run as evaluation
+from subl_jax.groundwork import tokenizer_stage
 from subl_jax.metrics.writers import read_metrics
 from subl_jax.models import decoder
-from subl_jax.pipeline import SeedPipeline, tokenizer_stage
+from subl_jax.pipeline import SeedPipeline
 from subl_jax.rollout import store
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.engine import rollout

@@ -70,6 +70,11 @@ def _run() -> None:
         raise ValueError(
             "--preset=paper starts from checkpoints and --config.teacher.checkpoint names none; give Hugging Face folders"
         )
+    if not config.one_tokenizer:
+        raise ValueError(
+            f"--pair={config.pair} has a student with a tokenizer of its own, and every arm of this study is a divergence over "
+            "the teacher's tokens; use another pair, e.g. --pair=large_other_family"
+        )
     processes.only_one("experiments.on_policy")
     workdir, setting = artifacts.workdir(flags.FLAGS.workdir), get_setting(config.setting)
     configure_cpu(config.cpu_devices)
