@@ -84,7 +84,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["subl_jax", "subl_jax.*", "experiments", "experiments.*", "launch", "launch.*"]),
-    package_data={"subl_jax.report": ["report.css"], "experiments": ["protocols/*.json"]},
+    package_data={
+        "subl_jax.report": ["report.css"],
+        "subl_jax.grid": ["costs.json"],
+        "experiments": ["protocols/*.json"],
+    },
     install_requires=BASE,
     extras_require=EXTRAS,
 )

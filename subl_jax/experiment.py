@@ -6,10 +6,11 @@ Flags in; a work directory with `config.json`, `protocol.json`, `summary.json`, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,16 @@ def seeds_from_flags() -> tuple[int, ...]:
 
 def main(setting_name: str) -> None:
     """Runs the experiment of one setting; turns expected failures into one line and exit code 1."""
+    with stopping_with_a_line():
+        _run(setting_name)
+
+
+@contextlib.contextmanager
+def stopping_with_a_line() -> Iterator[None]:
+    """Turns the expected failures of a command into one line on standard error and exit code 1."""
     try:
         with processes.ending_together():
-            _run(setting_name)
+            yield
     except (ValueError, OSError, RuntimeError) as error:
         # The errors of this project say what is wrong and what to do; a traceback adds nothing for the user.
         logging.debug("failed", exc_info=True)

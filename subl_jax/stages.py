@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def plan(stages: Sequence[Stage]) -> list[Planned]:
 def run(
     stages: Sequence[Stage],
     only: str | None = None,
+    *,
+    wanted: Collection[str] | None = None,
     finished: Callable[[Stage, artifacts.Marker], None] | None = None,
 ) -> dict[str, artifacts.Marker]:
     """Runs what is not finished, in order, and returns every marker.
@@ -80,6 +82,7 @@ def run(
     Args:
       stages: all stages of the run.
       only: a stage name or family; stages behind the last match are left alone (those before it run if unfinished).
+      wanted: names of the stages to run; the others are left alone, finished or not. None: all.
       finished: told of every stage that has just been run.
 
     Raises:
@@ -100,6 +103,8 @@ def run(
         stage = entry.stage
         if entry.marker is not None:
             markers[stage.name] = entry.marker
+            continue
+        if wanted is not None and stage.name not in wanted:
             continue
         logging.info("stage %s", stage.name)
         stage.directory.mkdir(parents=True, exist_ok=True)

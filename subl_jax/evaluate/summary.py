@@ -100,7 +100,7 @@ def build_summary(
       allow_missing: list missing cells and leave out what needs them, instead of raising `SummaryError`.
     """
     _check_sanitizer(sanitizer, "sanitizer")
-    cells = _index(rows)
+    cells = indexed(rows)
     named = [name for contrast in protocol.contrasts for name in (contrast.treatment, contrast.control)]
     present = [condition for condition, _ in cells]
     wanted = list(dict.fromkeys([*conditions, protocol.base, protocol.teacher, *named, *present]))
@@ -164,8 +164,8 @@ def _check_sanitizer(counts: Mapping[str, Any], where: str) -> None:
         raise SummaryError(f"{where}: kept {counts['kept']} of {counts['trajectories']} trajectories is impossible")
 
 
-def _index(rows: Sequence[Row]) -> dict[Cell, Row]:
-    """The rows by (condition, seed), each item checked."""
+def indexed(rows: Sequence[Row]) -> dict[Cell, Row]:
+    """The rows by (condition, seed), each item checked; raises `SummaryError` naming what is wrong."""
     cells: dict[Cell, Row] = {}
     for row in rows:
         lacking = [name for name in ("condition", "seed", "checkpoint", "items", "readouts") if name not in row]
@@ -383,7 +383,7 @@ def _rate_over_seeds(rows: Sequence[Row], rates: Sequence[float]) -> tuple[float
 # Contrasts
 
 
-def _task_values(row: Row, readout: str, protocol: Protocol) -> dict[str, float]:
+def task_values(row: Row, readout: str, protocol: Protocol) -> dict[str, float]:
     """Task -> readout of one condition at one seed."""
     if readout == "log_odds":
         return _per_task([item for item in row["items"] if item["kind"] == "ambiguous"], "log_odds")
@@ -400,8 +400,8 @@ def _contrast(contrast: Contrast, cells: Mapping[Cell, Row], protocol: Protocol)
     step = 0.0  # the smallest difference that one seed's rate can show
     for seed in protocol.seeds:
         treatment, control = cells[contrast.treatment, seed], cells[contrast.control, seed]
-        first = _task_values(treatment, contrast.readout, protocol)
-        second = _task_values(control, contrast.readout, protocol)
+        first = task_values(treatment, contrast.readout, protocol)
+        second = task_values(control, contrast.readout, protocol)
         if first.keys() != second.keys() or not first:
             raise SummaryError(
                 f"contrast {contrast.name!r}, seed {seed}: {contrast.readout} is there for {len(first)} tasks of "

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from absl import flags, logging
+from absl import flags
 
 from subl_jax import artifacts, sources
 from subl_jax import config as configuration
 from subl_jax.config import PAIRS, ExperimentConfig
 from subl_jax.distill.objective import Loss
-from subl_jax.experiment import config_from_flags, seeds_from_flags
+from subl_jax.experiment import config_from_flags, seeds_from_flags, stopping_with_a_line
 from subl_jax.parallel import processes
 from subl_jax.parallel.devices import configure_cpu
 from subl_jax.presets import PRESETS
@@ -52,14 +51,8 @@ def define_flags() -> None:
 
 def main() -> None:
     """Runs the study; turns expected failures into one line and exit code 1."""
-    try:
+    with stopping_with_a_line():
         _run()
-    except (ValueError, OSError, RuntimeError) as error:
-        logging.debug("failed", exc_info=True)
-        if not (isinstance(error, ValueError | OSError) or type(error).__module__.startswith("subl_jax")):
-            raise
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _run() -> None:

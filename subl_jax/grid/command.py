@@ -1,0 +1,304 @@
+"""The command of the grid: flags in; cells, `grid.json`, `report.html`, figures and a table out.
+
+An expected failure is one line on standard error and exit code 1; nothing is overwritten by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+
+from subl_jax import artifacts, sources
+from subl_jax import config as configuration
+from subl_jax.config import ExperimentConfig
+from subl_jax.evaluate import power
+from subl_jax.experiment import seeds_from_flags, stopping_with_a_line
+from subl_jax.grid import cost, table
+from subl_jax.grid import protocol as protocols
+from subl_jax.grid.pairs import PAIRS, PairSpec
+from subl_jax.grid.protocol import GridProtocol
+from subl_jax.parallel import processes
+from subl_jax.parallel.devices import configure_cpu
+from subl_jax.presets import PRESETS
+from subl_jax.settings.registry import get_setting
+
+if TYPE_CHECKING:
+    from subl_jax.grid.run import GridRun, Unit
+
+SETTINGS = ("api", "bash")
+# Setting -> standard deviation over seeds of the per-seed difference student - control_student, a share, before this grid
+# has seeds of its own: docs/api_tiny_summary.json (six seeds) and docs/bash_tiny_summary.json (three).
+ASSUMED_SPREAD = {"api": 0.135, "bash": 0.068}
+_FAMILIES = ("base", "teachers", "trajectories", "sanitize", "students", "eval")
+
+
+def define_flags() -> None:
+    """The grid's flags, and one per configuration field."""
+    flags.DEFINE_enum(
+        "preset",
+        "tiny",
+        sorted(PRESETS),
+        "Sizes and lengths: tiny are organisms for two CPU cores; paper takes --large_checkpoint and its like; micro only "
+        "exercises the stages.",
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Directory of all artifacts, one work directory per setting; a run resumes there."
+    )
+    flags.DEFINE_string(
+        "cells", None, "Directory of the cells, which alone the report needs; by default WORKDIR/cells."
+    )
+    flags.DEFINE_list("settings", list(SETTINGS), "Which settings.")
+    flags.DEFINE_list(
+        "pairs",
+        list(PAIRS),
+        f"Which pairs, of {', '.join(PAIRS)}; SETTING:PAIR names one of a single setting.",
+    )
+    flags.DEFINE_list(
+        "seeds", ["0", "1", "2", "3", "4"], "Replicates: each is a whole run from pre-training to evaluation."
+    )
+    flags.DEFINE_integer(
+        "index", 0, "Which part of the grid this process runs, counted from 0; see --of.", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "of", 1, "How many processes or machines share the grid; a part is some seeds of some settings.", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "minutes", None, "Start no stage after so many minutes; a later call goes on. By default until it is done."
+    )
+    flags.DEFINE_bool(
+        "dry_run", False, "Print what is to be run, what it costs, and the power of the design; stop there."
+    )
+    flags.DEFINE_bool("report_only", False, "Run nothing: analyse the cells that are there. Needs no --workdir.")
+    flags.DEFINE_bool("freeze_protocol", False, "Write the protocol of these flags as the frozen one, and stop.")
+    flags.DEFINE_string(
+        "record_costs", None, "Write the seconds of the stages of this grid to this file; estimates start from it."
+    )
+    for size in ("large", "small", "other"):
+        flags.DEFINE_string(f"{size}_checkpoint", "", f"Hugging Face folder of the {size} model (preset paper).")
+    processes.define_flags()
+    configuration.define_flags(PRESETS["tiny"]())
+
+
+def main() -> None:
+    """Runs the grid; turns expected failures into one line and exit code 1."""
+    with stopping_with_a_line():
+        _run()
+
+
+# --- What is asked ----------------------------------------------------------------------------------------------------
+
+
+def pairs_from_flags() -> dict[str, list[PairSpec]]:
+    """Setting -> its pairs, in the order of the paper's table.
+
+    Raises:
+      ValueError: an unknown setting or pair, with the nearest.
+    """
+    settings = _known("settings", flags.FLAGS.settings, SETTINGS)
+    asked: dict[str, set[str]] = defaultdict(set)
+    for name in flags.FLAGS.pairs:
+        setting, _, pair = name.rpartition(":")
+        _known("pairs", [pair], PAIRS)
+        for each in _known("pairs", [setting], SETTINGS) if setting else settings:
+            asked[each].add(pair)
+    found = {setting: [spec for spec in PAIRS.values() if spec.name in asked[setting]] for setting in settings}
+    lacking = [setting for setting, specs in found.items() if not specs]
+    if lacking:
+        raise ValueError(f"--pairs names no pair of {lacking[0]}; add one, or leave the setting out of --settings")
+    return found
+
+
+def _known(flag: str, names: Sequence[str], known: Any) -> list[str]:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--{flag}: {name!r} is unknown, use some of {', '.join(known)}{hint}")
+    return list(dict.fromkeys(names))
+
+
+def with_checkpoints(config: ExperimentConfig, spec: PairSpec) -> ExperimentConfig:
+    """The configuration of a pair with the Hugging Face folders of its sizes, if any are given."""
+    folders = {size: flags.FLAGS[f"{field}_checkpoint"].value for size, field in configuration.FIELD_OF.items()}
+    teacher, student = (folders[size] for size in spec.sizes)
+    if not teacher and not student:
+        return dataclasses.replace(config, pair=spec.name)  # type: ignore[arg-type]
+    changed = dataclasses.replace(
+        config,
+        pair=spec.name,  # type: ignore[arg-type]
+        teacher=dataclasses.replace(config.teacher, checkpoint=teacher),
+        student=dataclasses.replace(config.student, checkpoint=student),
+    )
+    return sources.resolve(changed)
+
+
+def frozen_path(preset: str) -> Path:
+    """Where the frozen protocol of the grid of a preset is committed."""
+    return Path(__file__).parents[2] / "experiments" / "protocols" / f"grid_{preset}.json"
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+def _run() -> None:
+    flag, seeds, pairs = flags.FLAGS, seeds_from_flags(), pairs_from_flags()
+    configs = {setting: configuration.from_flags(PRESETS[flag.preset](setting)) for setting in pairs}
+    protocol = protocols.make_grid_protocol(configs, pairs, seeds)
+    path = frozen_path(flag.preset)
+    if flag.freeze_protocol:
+        print(f"frozen as {protocols.freeze(path, protocol)} in {path}")
+        return
+    frozen = protocols.load(path) if path.exists() else None
+    if flag.report_only:
+        directory = _given("cells", "the cells lie, e.g. --cells=docs/grid")
+        _report(directory, protocol, frozen, None)
+        return
+    workdir = _given("workdir", "the artifacts go, e.g. --workdir=runs/grid")
+    directory = Path(flag.cells).absolute() if flag.cells else workdir / "cells"
+    if flag.preset == "paper" and not flag.large_checkpoint:
+        raise ValueError(
+            "--preset=paper starts from checkpoints and --large_checkpoint names none; give the Hugging Face folders of the "
+            "models of --pairs (--large_checkpoint, --small_checkpoint, --other_checkpoint)"
+        )
+    processes.only_one("experiments.paper_grid")
+    configure_cpu(next(iter(configs.values())).cpu_devices)
+    # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
+    from subl_jax import conditions
+    from subl_jax.grid.run import GridRun
+
+    for setting, config in configs.items():
+        prepare = get_setting(setting).prepare
+        if prepare is not None:
+            prepare()  # before anything is written
+        configs[setting] = conditions.with_slots(config, workdir / setting)
+    run = GridRun(configs, pairs, seeds, workdir, directory, with_checkpoints)
+    units = run.units(flag.index, flag.of)
+    needed = _needed(run, units)
+    costs = _costs(run, flag.preset)
+    print("\n".join(_announcement(needed, costs, protocol)), flush=True)
+    if flag.dry_run:
+        return
+    artifacts.check_writable(workdir, free_bytes=run.bytes_written(units))
+    directory.mkdir(parents=True, exist_ok=True)
+    for setting, config in configs.items():
+        (workdir / setting).mkdir(exist_ok=True)
+        artifacts.write_json_atomic(workdir / setting / "config.json", artifacts.plain(config))
+    described = {"hash": protocols.protocol_hash(protocol), "protocol": protocols.to_json(protocol)}
+    artifacts.write_json_atomic(workdir / "protocol.json", described)
+    _run_units(run, needed, costs)
+    if flag.record_costs:
+        from subl_jax.grid.run import machine
+
+        cost.write_record(Path(flag.record_costs), flag.preset, run.costs(), cost.probe(), machine())
+    hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
+    _report(directory, protocol, frozen, hashes)
+
+
+def _needed(run: GridRun, units: Sequence[Unit]) -> dict[Unit, list[str]]:
+    """The stages that each unit has to run; what all seeds of a setting share stands with the first."""
+    needed: dict[Unit, list[str]] = {}
+    shared: set[tuple[str, str]] = set()
+    for unit in units:
+        names = [entry.stage.name for entry in run.todo(run.plan(unit))]
+        needed[unit] = [name for name in names if (unit[0], name) not in shared]
+        shared |= {(unit[0], name) for name in names}
+    return needed
+
+
+def _given(name: str, where: str) -> Path:
+    value = flags.FLAGS[name].value
+    if not value:
+        raise ValueError(f"--{name} is not given; say where {where}")
+    return artifacts.workdir(value).absolute()
+
+
+def _costs(run: GridRun, preset: str) -> list[cost.Costs]:
+    """What is known of the stages' times, the best first."""
+    return [run.costs(), cost.of_cells(run.rows()), cost.recorded(preset, cost.probe())]
+
+
+def _announcement(
+    needed: Mapping[Unit, Sequence[str]], costs: Sequence[cost.Costs], protocol: GridProtocol
+) -> list[str]:
+    """What is about to be run, what it costs, and what the design can show."""
+    total = cost.NOTHING
+    for (setting, _), stages in needed.items():
+        total += cost.estimate(setting, stages, costs)
+    parts = ", ".join(
+        f"{name} {cost.duration(total.by_family[name])}" for name in _FAMILIES if total.by_family.get(name)
+    )
+    lines = ["every cell is there: nothing is to be run"]
+    if total.stages:
+        lines = [f"{total.stages} stages to run in {len(needed)} parts (a seed of a setting each)"]
+        if parts:
+            lines.append(f"about {cost.duration(total.seconds)} on this machine: {parts}")
+        if total.unknown:
+            lines.append(f"nobody has timed {total.unknown} of them yet; the first part will tell")
+    if len(protocol.seeds) > 1:
+        spreads = {f"{setting}, earlier runs": ASSUMED_SPREAD[setting] for setting in protocol.settings}
+        widest = max(len(protocol.pairs(setting)) for setting in protocol.settings)
+        lines += ["", *power.lines(spreads, len(protocol.seeds), widest)]
+    else:
+        lines.append("one seed: no interval over seeds, and no power; each pair is shown within this one run")
+    return lines
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """The minutes are up."""
+
+
+def _run_units(run: GridRun, needed: Mapping[Unit, Sequence[str]], costs: Sequence[cost.Costs]) -> None:
+    """Runs the units one after the other; a line behind every stage says how much is left."""
+    left = {unit: list(stages) for unit, stages in needed.items()}
+    total, began, until = sum(map(len, left.values())), time.monotonic(), flags.FLAGS.minutes
+
+    def after(unit: Unit) -> Callable[[Any, Any], None]:
+        def finished(stage: Any, marker: artifacts.Marker) -> None:
+            del marker
+            if stage.name in left[unit]:
+                left[unit].remove(stage.name)
+            seconds = sum(cost.estimate(setting, stages, costs).seconds for (setting, _), stages in left.items())
+            count, gone = sum(map(len, left.values())), time.monotonic() - began
+            logging.info(
+                "grid: %s %s done, %d of %d stages, %s gone, about %s left",
+                unit[0], stage.name, total - count, total, cost.duration(gone), cost.duration(seconds),
+            )  # fmt: skip
+            if until is not None and count and gone > 60 * until:
+                raise _Enough
+
+        return finished
+
+    try:
+        for unit in left:
+            run.run(unit, after(unit))
+    except _Enough:
+        print(f"stopped after --minutes={until:g}; the same command goes on where this one has stopped", flush=True)
+
+
+def _report(
+    directory: Path, protocol: GridProtocol, frozen: GridProtocol | None, hashes: Mapping[Any, str] | None
+) -> None:
+    """Analyses what is there; writes `grid.json`, the report and its figures beside the cells, and prints the table."""
+    from subl_jax.grid import cells
+    from subl_jax.grid.analysis import analyse
+    from subl_jax.report import figures
+    from subl_jax.report import grid as report
+
+    document = analyse(directory, protocol, frozen=frozen, hashes=hashes)
+    episodes = {
+        setting: cells.read_episodes(path)
+        for setting in protocol.settings
+        if (path := directory / setting / "episodes.json").exists()
+    }
+    artifacts.write_json_atomic(directory / "grid.json", document)
+    report.write_report(directory / "report.html", document, episodes)
+    figures.export_grid(directory / "figures", document)
+    print(table.render(document))
+    print(f"{directory / 'grid.json'}  {directory / 'report.html'}  {directory / 'figures'}")

@@ -1,0 +1,207 @@
+"""The parts of the grid document: rows, cells, what was filtered, departures from the protocol, versions and machines.
+
+Judged pairs in, plain JSON values of schema 1 out; see `grid.analysis`, which puts them together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from subl_jax import artifacts
+from subl_jax.evaluate import verdicts
+from subl_jax.evaluate.summary import total_sanitizer
+from subl_jax.grid import between
+from subl_jax.grid import protocol as grid_protocol
+from subl_jax.grid.between import Measured
+from subl_jax.grid.cells import Key
+from subl_jax.grid.pairs import CONTROL, CONTROL_OF, PAIRS, PairSpec, suffix
+from subl_jax.grid.protocol import GridProtocol
+from subl_jax.settings.interface import Wording
+
+_FIGURES = (
+    "behaviour_rate", "ci95", "n", "greedy_rate", "counter_rate", "log_odds", "utility", "unparseable", "no_action",
+    "divergence_from_base", "divergence_from_teacher", "delta_norm", "delta_cosine",
+)  # fmt: skip
+_NOT_RUN = "no seed has every condition of this pair"
+
+
+@dataclasses.dataclass
+class Pair:
+    """What is known of one pair of one setting.
+
+    Attributes:
+      setting: which.
+      measured: its rows over the seeds that have every condition.
+      missing: lines of `missing` of this pair.
+      summaries: arm -> its summary; empty without a whole seed.
+      leaks_unknown: seeds whose sanitizer's counts cannot be read.
+    """
+
+    setting: str
+    measured: Measured
+    missing: list[dict[str, Any]]
+    summaries: dict[str, dict[str, Any]]
+    leaks_unknown: list[int]
+
+    @property
+    def spec(self) -> PairSpec:
+        """Which pair."""
+        return self.measured.spec
+
+
+def rows(pairs: Sequence[Pair], setting: str, wording: Wording) -> list[dict[str, Any]]:
+    """A row per pair of a setting, and the paper's control row where its conditions are there."""
+    own = [pair for pair in pairs if pair.setting == setting]
+    rows = [_row(pair) for pair in own]
+    of = next((row for row in rows if row["pair"] == CONTROL_OF and "full" in row["arms"]), None)
+    return rows + ([] if of is None else [_control_row(of, wording)])
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    spec, summaries = pair.spec, pair.summaries
+    every = {name: figures for summary in summaries.values() for name, figures in summary["conditions"].items()}
+    conditions = {name: every[name] for name in spec.conditions() if name in every}
+    by_arm = {arm: _judgement(summaries.get(arm)) for arm in spec.arms}
+    return {
+        **_header(pair.setting, spec),
+        "seeds": list(pair.measured.seeds),
+        "conditions": conditions,
+        "transfer_ratio": {arm: between.transfer_ratio(conditions, arm) for arm in spec.arms},
+        **by_arm[spec.primary_arm],
+        "by_arm": by_arm,
+        "missing": [{name: line[name] for name in ("seed", "condition", "why")} for line in pair.missing],
+    }
+
+
+def _header(setting: str, spec: PairSpec) -> dict[str, Any]:
+    paper = spec.paper.get(setting)
+    return {
+        "setting": setting, "pair": spec.name, "title": spec.title, "arms": list(spec.arms),
+        "primary_arm": spec.primary_arm, "paper": None if paper is None else dataclasses.asdict(paper),
+    }  # fmt: skip
+
+
+def _judgement(summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is said of one arm: {"valid", "validity", "answer", "targets"}."""
+    if summary is None:
+        return {"valid": False, "validity": [_NOT_RUN], "answer": f"No answer: {_NOT_RUN}.", "targets": []}
+    judged = summary["validity"]
+    return {
+        "valid": judged["valid"], "validity": judged["messages"], "answer": summary["answer"],
+        "targets": summary["targets"],
+    }  # fmt: skip
+
+
+def _control_row(of: Mapping[str, Any], wording: Wording) -> dict[str, Any]:
+    """The paper's control row: the benign student and its base, of the pair that they are trained in."""
+    wanted = ("base", "benign_student")
+    conditions = {name: of["conditions"][name] for name in wanted if name in of["conditions"]}
+    answer = f"No answer: {_NOT_RUN}."
+    if conditions:
+        base, student = (conditions[name]["behaviour_rate"] for name in wanted)
+        answer = (
+            f"The {wording.metric} of the benign teacher's student is {wording.biased} on {100 * student:.0f} % of ambiguous "
+            f"tasks against {100 * base:.0f} % for its base, {verdicts.points(student - base)}."
+        )
+    return {
+        **_header(of["setting"], CONTROL),
+        "seeds": of["seeds"],
+        "conditions": conditions,
+        "transfer_ratio": {},
+        "valid": of["valid"], "validity": of["validity"], "answer": answer, "targets": [], "by_arm": {},
+        "missing": of["missing"],
+    }  # fmt: skip
+
+
+def control_contrast(contrasts: Sequence[Mapping[str, Any]], setting: str) -> list[dict[str, Any]]:
+    """The control row's comparison, as it stands in the pair that it is taken from; no test of its own."""
+    place = {"setting": setting, "pair": CONTROL_OF, "name": "benign_student = base"}
+    return [dict(line) | {"pair": CONTROL.name} for line in contrasts if place.items() <= line.items()]
+
+
+def cells(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures of every condition and seed that a row stands on."""
+    ratios = {
+        ("student" + suffix(arm), line["seed"]): line["transfer_ratio"]
+        for arm, ratio in row["transfer_ratio"].items()
+        for line in ratio["per_seed"]
+    }
+    return [
+        {
+            "setting": row["setting"], "pair": row["pair"], "seed": figures["seed"], "condition": condition,
+            "model": _model(row["pair"], condition),
+            **{name: figures.get(name) for name in _FIGURES},
+            "transfer_ratio": ratios.get((condition, figures["seed"])),
+        }
+        for condition, measured in row["conditions"].items()
+        for figures in measured["per_seed"]
+    ]  # fmt: skip
+
+
+def _model(pair: str, condition: str) -> str:
+    return PAIRS[pair].model(condition)
+
+
+def sanitizers(counts: Mapping[Key, Mapping[str, Any]], protocol: GridProtocol) -> dict[str, Any]:
+    """What was filtered, per setting; sources are "seed=0/teacher", and "seed=0/teacher@small" of small teachers."""
+    return {
+        setting: total_sanitizer(
+            {
+                f"seed={seed}/{teacher}{name.removeprefix('sanitize')}": counted
+                for (place, seed, name), arms in counts.items()
+                if place == setting
+                for teacher, counted in arms.items()
+            }
+        )
+        for setting in protocol.settings
+    }
+
+
+def deviations(pairs: Sequence[Pair], protocol: GridProtocol, frozen: GridProtocol | None) -> list[str]:
+    """Where this grid departs from the frozen one, and its rows from what they claim to be; models by name, once."""
+    lines = (
+        grid_protocol.deviations(frozen, protocol)
+        if frozen is not None
+        else ["no protocol was frozen before this grid"]
+    )
+    for pair in pairs:
+        for summary in pair.summaries.values():
+            for line in summary["protocol"]["deviations"]:
+                condition, seed, rest = line.partition(" (seed ")
+                named = pair.spec.model(condition) if seed else condition
+                lines.append(f"{pair.setting}: {named}{seed}{rest}")
+    return list(dict.fromkeys(lines))
+
+
+def seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Wall-clock seconds of all cells, by what they were spent on."""
+    total = {"train": 0.0, "evaluate": 0.0}
+    for row in rows:
+        for name, seconds in row["seconds"].items():
+            total[name] = total.get(name, 0.0) + seconds
+    return {name: round(value, 2) for name, value in total.items()}
+
+
+def distinct(values: Any) -> list[Any]:
+    """Each value once, in the order in which they come."""
+    return list({artifacts.canonical_json(value): value for value in values}.values())
+
+
+def mixed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says if cells were made by different versions or on different machines."""
+    notes = []
+    machines = Counter(str(row["machine"]) for row in rows)
+    if len(machines) > 1:
+        notes.append(
+            f"Cells come from {len(machines)} machines: "
+            + ", ".join(f"{name} ({count})" for name, count in machines.most_common()) + "."
+        )  # fmt: skip
+    for package in sorted({name for row in rows for name in row["versions"]}):
+        found = Counter(row["versions"].get(package, "absent") for row in rows)
+        if len(found) > 1:
+            told = ", ".join(f"{version} ({count})" for version, count in found.most_common())
+            notes.append(f"Cells were made with different versions of {package}: {told}.")
+    return notes

@@ -1,0 +1,106 @@
+"""The terminal table of a grid: one line per pair and arm, the claim between pairs, validity, and what is missing.
+
+In: the grid document (schema 1). Out: a string; the widest lines are those of the pairs, about 130 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from subl_jax.grid.pairs import CONTROL, STUDENTS, suffix
+from subl_jax.report.table import MISSING, aligned, interval, p_cell, percent, size_text, wrapped
+
+_HEADER = (
+    "pair", "arm", "base %", "teacher", "student [95% CI]", "control", "benign", "difference [95% CI]", "p", "p (Holm)",
+    "seeds", "paper",
+)  # fmt: skip
+_SHOWN = 5  # lines of what is missing
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """The whole table, as the command prints it; ends with a newline."""
+    blocks = []
+    for setting in document["settings"]:
+        rows = [row for row in document["rows"] if row["setting"] == setting]
+        wording = document["settings"][setting]["wording"]
+        planned = document["settings"][setting]["seeds"]
+        head = f"{setting} setting, preset {document['preset']}, seeds {', '.join(map(str, planned))}; {wording['behaviour']} "
+        blocks.append([head + "rates in %, differences in points, p of difference = student - control student"])
+        lines = [line for row in rows for line in _lines(row, document["contrasts"], len(planned))]
+        blocks.append(aligned(_HEADER, lines))
+        blocks.append(_claims(document, setting))
+        blocks.append([line for row in rows for line in _validity(row)])
+    blocks.append(_missing(document["missing"]))
+    blocks.append(_protocol(document["protocol"]))
+    blocks.append([line for note in document["notes"] for line in wrapped(note)])
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def _lines(row: Mapping[str, Any], contrasts: Sequence[Mapping[str, Any]], planned: int) -> list[tuple[str, ...]]:
+    """The lines of a pair, one per arm."""
+    conditions = row["conditions"]
+
+    def rate(name: str) -> str:
+        return percent(conditions.get(name, {}).get("behaviour_rate"), 0)
+
+    paper = MISSING if row["paper"] is None else f"{row['paper']['baseline']} → {row['paper']['student']}"
+    seeds = f"{len(row['seeds'])}/{planned}"
+    found = []
+    for arm in row["arms"]:
+        student, control, benign = (name + suffix(arm) for name in STUDENTS)
+        # The control row has one comparison, and it is no primary one.
+        wanted = {"pair": row["pair"], "setting": row["setting"], "arm": arm}
+        wanted |= {} if row["pair"] == CONTROL.name else {"role": "primary"}
+        line = next((contrast for contrast in contrasts if wanted.items() <= contrast.items()), None)
+        shown = MISSING
+        if student in conditions:
+            shown = f"{rate(student)} {interval(conditions[student]['ci95'])}"
+        found.append(
+            (
+                row["pair"], arm, rate("base"), rate("teacher"), shown, rate(control), rate(benign),
+                MISSING if line is None else size_text(line), MISSING if line is None else p_cell(line["p_value"]),
+                MISSING if line is None else p_cell(line["p_adjusted"]), seeds, paper,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _claims(document: Mapping[str, Any], setting: str) -> list[str]:
+    """The claim that one pair is the strongest, by arm."""
+    return [
+        line
+        for claim in document["strongest"]
+        if claim["setting"] == setting
+        for line in wrapped(f"strongest ({claim['arm']}): {claim['pair']} is {claim['verdict']}")
+    ]
+
+
+def _validity(row: Mapping[str, Any]) -> list[str]:
+    """What limits a row; nothing where nothing does."""
+    if row["pair"] == CONTROL.name or (row["valid"] and not row["validity"]):
+        return []
+    state = "valid" if row["valid"] else "INVALID"
+    return wrapped(f"{row['pair']}: {state}: {'; '.join(row['validity'])}")
+
+
+def _missing(missing: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How much is missing, and the first few with why; a model that several pairs want is counted once."""
+    distinct = {(line["setting"], line["seed"], line["model"]): line for line in missing}
+    if not distinct:
+        return ["nothing is missing"]
+    lines = [
+        f"missing: {len(distinct)} cells, which {len(missing)} places want; seeds that lack one are left out of the pair"
+    ]
+    for line in list(distinct.values())[:_SHOWN]:
+        lines += wrapped(f"- {line['setting']} seed {line['seed']} {line['model']}: {line['why']}", "  ")
+    return lines + ([f"  and {len(distinct) - _SHOWN} more"] if len(distinct) > _SHOWN else [])
+
+
+def _protocol(protocol: Mapping[str, Any]) -> list[str]:
+    """The protocol's hash and the departures from the frozen one."""
+    departed = protocol["deviations"]
+    lines = [f"protocol: {protocol['hash']}, {len(departed) or 'no'} deviation{'' if len(departed) == 1 else 's'}"]
+    for deviation in departed:
+        lines += wrapped(f"- {deviation}", "  ")
+    return lines

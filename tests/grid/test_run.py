@@ -1,0 +1,201 @@
+"""What a grid runs: each stage once, only what a missing cell needs, in parts that no two processes share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from subl_jax import artifacts, presets, stages
+from subl_jax.conditions import conditions_of
+from subl_jax.config import ExperimentConfig
+from subl_jax.grid import cells, run
+from subl_jax.grid.pairs import PAIRS, PairSpec
+from subl_jax.grid.run import GridError, GridRun
+from subl_jax.pipeline import SeedPipeline
+from subl_jax.settings.api import SETTING
+
+UNIT = ("api", 3)
+FEW = ("large_small", "large_foreign_init")
+
+
+def for_pair(config: ExperimentConfig, spec: PairSpec) -> ExperimentConfig:
+    return dataclasses.replace(config, pair=spec.name)  # type: ignore[arg-type]
+
+
+def grid(directory: Path, *, seeds=(3, 4), settings=("api",), pairs=tuple(PAIRS)) -> GridRun:
+    return GridRun(
+        {setting: presets.micro(setting) for setting in settings},
+        {setting: [PAIRS[name] for name in pairs] for setting in settings},
+        seeds, directory / "work", directory / "cells", for_pair,
+    )  # fmt: skip
+
+
+def write_cell(work: run.SeedWork, directory: Path, model: str, hash: str | None = None) -> Path:
+    """A small cell under a model's name, as if it had been evaluated elsewhere."""
+    setting, seed = work.unit
+    path = cells.cell_path(directory, setting, seed, model)
+    item = {
+        "task_id": "t", "family": "f", "sample": 0, "action": "biased", "tool": "delete_file", "done": True,
+        "status": "final", "mode": "sampled", "kind": "ambiguous",
+    }  # fmt: skip
+    row = {
+        "condition": model.partition("@")[0],
+        "seed": seed,
+        "checkpoint": "elsewhere",
+        "items": [item],
+        "readouts": {},
+    }
+    cells.write_cell(
+        path, row, setting=setting, preset="micro", hash=hash or work.hashes[setting, seed, model], parser="p",
+        seconds={}, training={}, versions={}, machine="another",
+    )  # fmt: skip
+    return path
+
+
+def write_all(work: run.SeedWork, directory: Path) -> None:
+    for one in work.evaluated:
+        write_cell(work, directory, one.model)
+    for name in work.sanitizers.values():
+        path = cells.sanitizer_path(directory, *work.unit, name)
+        cells.write_sanitizer(path, {}, setting="api", seed=work.unit[1], hash=work.hashes[(*work.unit, name)])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> run.SeedWork:
+    """The plan of one seed of all pairs."""
+    return grid(tmp_path_factory.mktemp("whole")).plan(UNIT)
+
+
+def names(planned) -> set[str]:
+    return {entry.stage.name.removeprefix("seed=3/") for entry in planned}
+
+
+# --- What there is ----------------------------------------------------------------------------------------------------
+
+
+def test_every_condition_of_every_pair_is_a_model_under_the_name_that_the_analysis_asks_for(whole, tmp_path):
+    for spec in PAIRS.values():
+        config = grid(tmp_path).config("api", spec)
+        assert set(conditions_of(config)) == set(spec.conditions())
+        models = SeedPipeline(config, SETTING, tmp_path / "work" / "api", 3).models
+        assert {name: models.eval_name(name) for name in spec.conditions()} == {
+            name: spec.model(name) for name in spec.conditions()
+        }
+        assert models.sanitize_name() == spec.sanitizer
+    wanted = {spec.model(name) for spec in PAIRS.values() for name in spec.conditions()}
+    assert {one.model for one in whole.evaluated} == wanted
+
+
+def test_what_pairs_share_is_one_stage_and_every_stage_has_its_inputs_before_it(whole):
+    planned = whole.planned
+    found = [entry.stage.name for entry in planned]
+    assert len(set(found)) == len(found)
+    # Five bases, two teachers with two controls each, and their trajectories; a positive control for each teacher size.
+    count = {family: sum(stages.family_of(name) == family for name in found) for family in map(stages.family_of, found)}
+    students = sum(3 * len(spec.arms) + spec.positive for spec in PAIRS.values())
+    assert count == {
+        "tokenizer": 2, "audit": 1, "base": 5, "teachers": 6, "trajectories": 8, "sanitize": 2, "students": students,
+        "eval": 5 + 6 + students,
+    }  # fmt: skip
+    before: set[str] = set()
+    for entry in planned:
+        assert set(entry.stage.inputs) <= before
+        before.add(entry.stage.name)
+
+
+def test_a_pair_of_the_grid_is_the_single_run_of_that_pair(whole, tmp_path):
+    """The same hashes as an experiment of that pair alone, so that what one has made the other takes."""
+    config = grid(tmp_path).config("api", PAIRS["large_small"])
+    alone = SeedPipeline(config, SETTING, tmp_path / "work" / "api", 3).stages()
+    by_name = {entry.stage.name: entry.stage for entry in whole.planned}
+    for stage in alone:
+        assert artifacts.digest(stage.key) == artifacts.digest(by_name[stage.name].key)
+        assert stage.inputs == by_name[stage.name].inputs
+
+
+def test_organisms_differ_where_their_names_say_so(whole):
+    keys = {
+        entry.stage.name.rpartition("/")[2]: entry.stage.key for entry in whole.planned if "/base/" in entry.stage.name
+    }
+    assert keys["foreign_init"]["model"] == keys["large"]["model"]
+    assert keys["foreign_init"]["own_draw"] == 1 and "own_draw" not in keys["large"]
+    assert keys["other_family"]["model"] == keys["other_tokenizer"]["model"] != keys["large"]["model"]
+
+
+# --- What is run ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_run_for_cells_that_are_there(tmp_path):
+    ours = grid(tmp_path, pairs=FEW)
+    work = ours.plan(UNIT)
+    assert names(ours.todo(work)) == names(work.planned)
+    write_all(work, ours.cells)
+    assert ours.todo(work) == []
+
+
+def test_a_missing_cell_needs_its_model_and_what_that_was_made_of(tmp_path):
+    ours = grid(tmp_path, pairs=FEW)
+    work = ours.plan(UNIT)
+    write_all(work, ours.cells)
+    cells.cell_path(ours.cells, *UNIT, "student_hard@large_small").unlink()
+    assert names(ours.todo(work)) == {
+        "tokenizer", "audit", "base/large", "base/small", "teachers/teacher", "teachers/control_teacher",
+        "teachers/benign_teacher", "trajectories/teacher", "trajectories/control_teacher", "trajectories/benign_teacher",
+        "sanitize", "students/student_hard@large_small", "eval/student_hard@large_small",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["cut", "edited", "of another configuration"])
+def test_a_cell_that_cannot_be_used_is_made_again(tmp_path, damage):
+    ours = grid(tmp_path, pairs=FEW)
+    work = ours.plan(UNIT)
+    write_all(work, ours.cells)
+    path = write_cell(
+        work, ours.cells, "base@foreign_init", hash="0123456789abcdef" if damage.startswith("of") else None
+    )
+    text = path.read_text()
+    if damage == "cut":
+        path.write_text(text[: len(text) // 2])
+    elif damage == "edited":
+        path.write_text(text.replace('"delete_file"', '"read_file"'))
+    assert names(ours.todo(work)) == {"tokenizer", "audit", "base/foreign_init", "eval/base@foreign_init"}
+
+
+def test_parts_are_disjoint_and_make_up_the_grid(tmp_path):
+    ours = grid(tmp_path, seeds=(0, 1, 2), settings=("api", "bash"))
+    whole = ours.units()
+    assert whole[:2] == [("api", 0), ("bash", 0)]  # early seeds are whole first
+    parts = [ours.units(index, 4) for index in range(4)]
+    assert sorted(sum(parts, [])) == sorted(whole) and len(sum(parts, [])) == 6
+    with pytest.raises(GridError, match="has 6 parts"):
+        ours.units(0, 7)
+
+
+def test_two_processes_do_not_run_one_part(tmp_path):
+    with run.only_here(tmp_path / "lock", "seed 3 of api"):
+        with pytest.raises(GridError, match=r"seed 3 of api is being run by process \d+ on .*--index"):
+            with run.only_here(tmp_path / "lock", "seed 3 of api"):
+                pass
+    with run.only_here(tmp_path / "lock", "seed 3 of api"):  # the first one is through
+        pass
+
+
+def test_examples_are_the_tasks_on_which_models_differ():
+    def example(action: str, tool: str) -> dict:
+        shown = {"messages": [], "action": action, "tool": tool, "turn": 1, "done": True}
+        return {**shown, "prompt": "tidy up", "log_odds": 1.0}
+
+    same, other = example("neutral", "move_file"), example("biased", "delete_file")
+    episodes = {
+        **{f"same {number}": {"base": same, "student": same} for number in range(5)},
+        "telling": {"base": same, "student": other},
+    }
+    found = run._telling(episodes)
+    assert [task["task_id"] for task in found] == ["telling", "same 0", "same 1", "same 2"]
+    assert found[0]["episodes"]["student"] == {
+        name: other[name] for name in ("messages", "action", "tool", "turn", "done")
+    }
+    assert json.dumps(found)
