@@ -87,7 +87,7 @@ setup(
     package_data={
         "subl_jax.report": ["report.css"],
         "subl_jax.grid": ["costs.json"],
-        "experiments": ["protocols/*.json"],
+        "experiments": ["protocols/*.json", "protocols/grid/*.json"],
     },
     install_requires=BASE,
     extras_require=EXTRAS,

@@ -141,7 +141,7 @@ def with_checkpoints(config: ExperimentConfig, spec: PairSpec) -> ExperimentConf
 
 def frozen_path(preset: str) -> Path:
     """Where the frozen protocol of the grid of a preset is committed."""
-    return Path(__file__).parents[2] / "experiments" / "protocols" / f"grid_{preset}.json"
+    return Path(__file__).parents[2] / "experiments" / "protocols" / "grid" / f"{preset}.json"
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
