@@ -54,7 +54,8 @@ class GridProtocol:
         "pair exceeds each other one is tested one-sided, and that it exceeds all of them by intersection-union (the largest "
         "of these p-values), each arm by itself. A null is claimed where the 95 % interval lies inside the margin. Sign-flip, "
         "McNemar and bootstrap (seeds, then task families, then tasks) are secondary. A transfer ratio is (student - "
-        "control student) / (teacher - control teacher), over means of seeds, and is left undefined where the teachers differ by less than 10 points."
+        "control student) / (teacher - control teacher), over means of seeds, and is left undefined "
+        "where the teachers differ by less than 10 points."
     )
 
     def __post_init__(self) -> None:
