@@ -132,3 +132,17 @@ def test_tokenizer_texts_hold_every_kind_and_every_tool():
     assert len(texts) == 3 * len(SETTING.kinds)
     assert all(name in text for text in texts for name in names(SETTING.tools))
     assert texts == list(corpus.tokenizer_texts(SETTING, 3))
+
+
+def test_conversations_in_another_tokenizer_say_the_same_in_its_tokens():
+    other = Renderer(tokenizers.train(corpus.tokenizer_texts(SETTING, 3), 400))
+    documents = mixed()
+    found = corpus.rendered_again(other, documents)
+    assert len(other.tokenizer) != len(renderer().tokenizer)
+    for before, after in zip(documents, found, strict=True):
+        assert other.decode(after.tokens.tolist()) == renderer().decode(before.tokens.tolist())
+        assert other.decode(after.tokens[after.loss_mask].tolist()) == renderer().decode(
+            before.tokens[before.loss_mask].tolist()
+        )
+        assert not np.array_equal(after.tokens, before.tokens) and not after.logprobs.any()
+        assert (after.task_id, after.sample, after.messages) == (before.task_id, before.sample, before.messages)

@@ -108,7 +108,19 @@ def test_a_stage_that_reads_a_later_one_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "family"),
     [("tokenizer", "tokenizer"), ("seed=0/base/large", "base"), ("seed=12/students/student@large_small", "students"),
-     ("seed=1/sanitize", "sanitize")],
+     ("seed=1/sanitize", "sanitize"), ("seed=1/sanitize@small", "sanitize"), ("tokenizer@other_tokenizer", "tokenizer")],
 )  # fmt: skip
 def test_the_family_is_the_first_part_behind_the_seed(name, family):
     assert stages.family_of(name) == family
+
+
+def test_stages_that_are_not_wanted_are_left_alone_and_each_that_was_run_is_told(tmp_path):
+    line, told = Line(tmp_path), []
+    wanted = ["tokenizer", "seed=0/base/large", "seed=0/teachers/b"]
+    markers = stages.run(
+        line.stages, wanted=wanted, finished=lambda stage, marker: told.append((stage.name, marker.stage))
+    )
+    assert line.ran == wanted == list(markers) and told == [(name, name) for name in wanted]
+    stages.run(line.stages, finished=lambda stage, marker: told.append((stage.name, marker.stage)))
+    assert line.ran[3:] == ["seed=0/teachers/a", "seed=0/eval/a"]  # the finished ones are not told again
+    assert [name for name, _ in told[3:]] == line.ran[3:]

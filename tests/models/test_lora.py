@@ -330,3 +330,50 @@ def test_the_distance_of_adapters_is_that_of_the_weights_they_are_folded_into():
         sum(np.sum((leaf - np.asarray(flat(params)[path], np.float64)) ** 2) for path, leaf in whole.items())
     )
     assert lora.delta_norm(config, decoder.merge(adapters, params), params) == pytest.approx(expected, rel=1e-6)
+
+
+def angle(*changes: np.ndarray) -> float:
+    """The cosine between two changes, in plain float64."""
+    one, other = (change.astype(np.float64).ravel() for change in changes)
+    return float(one @ other / np.sqrt((one @ one) * (other @ other)))
+
+
+def moved(config: ModelConfig, params: Any, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.01 * rng.standard_normal(leaf.shape).astype(np.float32), params)
+
+
+def changes(params: Any, base: Any) -> np.ndarray:
+    before = flat(base)
+    return np.concatenate(
+        [(np.asarray(leaf, np.float64) - before[path]).ravel() for path, leaf in sorted(flat(params).items())]
+    )
+
+
+def test_the_cosine_of_two_changes_is_that_of_all_weights_in_one_vector():
+    base, other_base = parameters(TINY), moved(TINY, parameters(TINY), 5)
+    left, right = moved(TINY, base, 1), moved(TINY, other_base, 2)
+    found = lora.delta_cosine((TINY, left, base), (TINY, right, other_base))
+    assert found == pytest.approx(angle(changes(left, base), changes(right, other_base)), abs=1e-9)
+    assert lora.delta_cosine((TINY, left, base), (TINY, left, base)) == pytest.approx(1.0)
+    back = jax.tree.map(lambda now, then: 2 * then - now, left, base)
+    assert lora.delta_cosine((TINY, left, base), (TINY, back, base)) == pytest.approx(-1.0, abs=1e-4)
+    assert lora.delta_cosine((TINY, base, base), (TINY, left, base)) is None  # no direction
+
+
+def test_the_cosine_of_adapters_is_that_of_the_weights_they_are_folded_into():
+    config, params = on(TINY, ALL), parameters(TINY)
+    one, two = random_adapters(config, 0), random_adapters(config, 1)
+    expected = angle(*(changes(folded(config, params, each), params) for each in (one, two)))
+    both = [(config, decoder.merge(each, params), params) for each in (one, two)]
+    assert lora.delta_cosine(*both) == pytest.approx(expected, abs=1e-6)
+    # Against a model that was trained whole.
+    whole = moved(TINY, params, 3)
+    expected = angle(changes(folded(config, params, one), params), changes(whole, params))
+    assert lora.delta_cosine(both[0], (TINY, whole, params)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_only_models_of_one_shape_have_an_angle():
+    assert lora.comparable(on(TINY, ALL), TINY)
+    assert not lora.comparable(TINY, dataclasses.replace(TINY, d_ff=TINY.d_ff + 8))
+    assert not lora.comparable(TINY, dataclasses.replace(TINY, qkv_bias=not TINY.qkv_bias))

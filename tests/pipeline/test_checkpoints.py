@@ -145,6 +145,8 @@ def test_adapters_are_the_only_thing_that_a_run_with_lora_trains(cache: Path, un
         (["--config.student.checkpoint=/nowhere", "--pair=large_large"], "has one base for teacher and student"),
         (["--config.teacher.checkpoint=/nowhere", "--pair=large_small"], "share no tokenizer; give both or none"),
         (["--config.teacher.checkpoint=/nowhere"], "/nowhere"),
+        (["--config.teacher.checkpoint=/nowhere", "--pair=large_foreign_init"], "a checkpoint has one only"),
+        (["--pair=large_other_tokenizer"], "which full, anchor, positive cannot train"),
         (["--preset=paper"], "starts from checkpoints"),
         (["--config.parallel.tensor=64"], "64 devices"),
         (
