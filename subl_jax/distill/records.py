@@ -14,6 +14,9 @@ from subl_jax.metrics.writers import MetricsWriter
 
 # Records that a loss is compared with.
 _RECENT = 20
+# Nats per token below which a loss is small whatever it was before: a student of hard labels that knows them by heart stands
+# at 1e-4, and one batch with a word that it doubts is a hundred times that. What has diverged is at several nats.
+_SMALL = 0.5
 
 
 class TrainingDiverged(RuntimeError):
@@ -76,7 +79,7 @@ class Records:
         cause = f"is {loss}"
         if np.isfinite(loss):
             usual = float(np.median(self._recent)) if len(self._recent) == _RECENT else 0.0
-            if not (self._spike and usual > 0 and loss > self._spike * usual):
+            if not (self._spike and usual > 0 and loss > max(self._spike * usual, _SMALL)):
                 return loss
             cause = (
                 f"jumped to {loss:.3g} from {usual:.3g} (more than train.spike={self._spike:g} times the recent median)"

@@ -30,8 +30,8 @@ class TrainConfig:
         0: by steps alone.
       keep: newest checkpoints that stay.
       keep_every: of steps divisible by this a checkpoint is written and stays for good; 0: of none.
-      spike: a loss of more than so many times the median of the last 20 records stops the run, as one that is no number
-        does, before a checkpoint of it is written; 0: never.
+      spike: a loss of more than so many times the median of the last 20 records, and above half a nat per token, stops the
+        run, as one that is no number does, before a checkpoint of it is written; 0: never.
     """
 
     steps: int = 400

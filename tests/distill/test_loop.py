@@ -25,7 +25,7 @@ from subl_jax.distill.batches import BatchSource
 from subl_jax.distill.loop import Model, train
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig
-from subl_jax.distill.records import TrainingDiverged
+from subl_jax.distill.records import Records, TrainingDiverged
 from subl_jax.distill.run_identity import fingerprint
 from subl_jax.distill.step import compiled_step
 from subl_jax.distill.train_config import TrainConfig
@@ -559,3 +559,28 @@ def test_a_spike_stops_the_run_before_its_state_is_kept_and_smaller_jumps_do_not
         run(tmp_path / "low bar", dataclasses.replace(config, spike=0.9 * jumped))
     kept = [path.name for path in (tmp_path / "low bar" / "model" / "steps").iterdir() if path.name.isdigit()]
     assert max(kept) == "00000025"
+
+
+@pytest.mark.parametrize(
+    ("usual", "loss", "stops"),
+    [
+        (
+            3e-4,
+            0.0275,
+            False,
+        ),  # seen: a student of hard labels that knew them by heart, and one batch with a doubted word
+        (3e-4, 0.49, False),
+        (3e-4, 0.51, True),
+        (2.0, 90.0, False),
+        (2.0, 101.0, True),
+        (2.0, float("inf"), True),
+    ],
+)
+def test_a_loss_that_is_small_is_no_spike_however_small_it_was_before(usual, loss, stops):
+    watch = Records(None, None, "students/student_hard", 50.0)  # type: ignore[arg-type] - nothing is recorded
+    watch._recent.extend([usual] * 20)
+    if stops:
+        with pytest.raises(TrainingDiverged, match=r"the loss (jumped to|is inf)"):
+            watch.check(220, loss)
+    else:
+        assert watch.check(220, loss) == loss
