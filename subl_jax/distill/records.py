@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -76,14 +76,19 @@ class Records:
         Raises:
           TrainingDiverged: it is not finite, or a spike above the recent ones.
         """
-        cause = f"is {loss}"
-        if np.isfinite(loss):
-            usual = float(np.median(self._recent)) if len(self._recent) == _RECENT else 0.0
-            if not (self._spike and usual > 0 and loss > max(self._spike * usual, _SMALL)):
-                return loss
-            cause = (
-                f"jumped to {loss:.3g} from {usual:.3g} (more than train.spike={self._spike:g} times the recent median)"
-            )
+        cause = why_diverged(loss, self._recent, self._spike)
+        if cause is None:
+            return loss
         raise TrainingDiverged(
             f"{self._stage}: the loss {cause} at step {step}; lower the learning rate. The checkpoints are kept", step
         )
+
+
+def why_diverged(loss: float, recent: Collection[float], spike: float) -> str | None:
+    """What is wrong with a loss after these recent ones, see `TrainConfig.spike`; None if nothing is."""
+    if not np.isfinite(loss):
+        return f"is {loss}"
+    usual = float(np.median(list(recent))) if len(recent) == _RECENT else 0.0
+    if spike and usual > 0 and loss > max(spike * usual, _SMALL):
+        return f"jumped to {loss:.3g} from {usual:.3g} (more than train.spike={spike:g} times the recent median)"
+    return None
