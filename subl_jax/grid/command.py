@@ -239,6 +239,8 @@ def _announcement(
         lines = [f"{total.stages} stages to run in {len(needed)} parts (a seed of a setting each)"]
         if parts:
             lines.append(f"about {cost.duration(total.seconds)} on this machine: {parts}")
+        if total.guessed:
+            lines.append(f"{total.guessed} of them are taken as the mean of their family: nobody has timed their kind")
         if total.unknown:
             lines.append(f"nobody has timed {total.unknown} of them yet; the first part will tell")
     if len(protocol.seeds) > 1:

@@ -31,15 +31,17 @@ class Estimate:
     """Seconds that stages will take.
 
     Attributes:
-      seconds: of the stages whose kind is known.
+      seconds: of the stages about which something is known.
       by_family: the same by family of stages.
-      stages: how many there are; unknown: how many of them are of a kind that nobody has timed.
-      unknown: see `stages`.
+      stages: how many there are.
+      guessed: how many of them are of a kind that nobody has timed, and are taken as the mean of their family.
+      unknown: how many are of a family that nobody has timed, and count as nothing.
     """
 
     seconds: float
     by_family: Mapping[str, float]
     stages: int
+    guessed: int
     unknown: int
 
     def __add__(self, other: Estimate) -> Estimate:
@@ -49,11 +51,15 @@ class Estimate:
             for name in dict.fromkeys([*self.by_family, *other.by_family])
         }
         return Estimate(
-            self.seconds + other.seconds, families, self.stages + other.stages, self.unknown + other.unknown
+            self.seconds + other.seconds,
+            families,
+            self.stages + other.stages,
+            self.guessed + other.guessed,
+            self.unknown + other.unknown,
         )
 
 
-NOTHING = Estimate(0.0, {}, 0, 0)
+NOTHING = Estimate(0.0, {}, 0, 0, 0)
 
 
 def kind_of(stage: str) -> str:
@@ -73,16 +79,22 @@ def estimate(setting: str, stages: Iterable[str], costs: Sequence[Costs]) -> Est
       stages: their names.
       costs: figures, the best first; a kind is looked up in each in turn.
     """
-    seconds, families, count, unknown = 0.0, defaultdict(float), 0, 0
+    known: dict[str, float] = {}
+    for found in reversed(costs):
+        known |= found.get(setting, {})
+    alike: dict[str, list[float]] = defaultdict(list)
+    for kind, seconds in known.items():
+        alike[family_of(kind)].append(seconds)
+    families, count, guessed, unknown = defaultdict(float), 0, 0, 0
     for stage in stages:
+        kind, family = kind_of(stage), family_of(stage)
         count += 1
-        known = [found[setting][kind_of(stage)] for found in costs if kind_of(stage) in found.get(setting, {})]
-        if not known:
-            unknown += 1
-            continue
-        seconds += known[0]
-        families[family_of(stage)] += known[0]
-    return Estimate(seconds, dict(families), count, unknown)
+        if kind not in known:
+            guessed += family in alike
+            unknown += family not in alike
+        if family in alike:
+            families[family] += known.get(kind, float(np.mean(alike[family])))
+    return Estimate(sum(families.values()), dict(families), count, guessed, unknown)
 
 
 def of_stages(timed: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:

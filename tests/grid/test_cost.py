@@ -24,13 +24,16 @@ def test_stages_that_take_alike_are_of_one_kind(stage, kind):
 
 
 def test_an_estimate_takes_the_best_figure_of_each_kind_and_counts_what_has_none():
-    own, others = {"api": {"base/large": 10.0}}, {"api": {"base/large": 99.0, "eval/base": 3.0}, "bash": {"audit": 5.0}}
-    found = cost.estimate("api", ["seed=1/base/large", "seed=1/eval/base", "seed=2/eval/base", "audit"], [own, others])
-    assert (found.seconds, found.stages, found.unknown) == (16.0, 4, 1)
-    assert found.by_family == {"base": 10.0, "eval": 6.0}
+    own = {"api": {"base/large": 10.0}}
+    others = {"api": {"base/large": 99.0, "base/small": 20.0, "eval/base": 3.0}, "bash": {"audit": 5.0}}
+    stages = ["seed=1/base/large", "seed=1/eval/base", "seed=2/eval/base", "seed=1/base/other_family", "audit"]
+    found = cost.estimate("api", stages, [own, others])
+    # The other family's base is taken as the mean of the bases; of audits nothing is known in this setting.
+    assert (found.seconds, found.stages, found.guessed, found.unknown) == (10 + 3 + 3 + 15, 5, 1, 1)
+    assert found.by_family == {"base": 25.0, "eval": 6.0}
     both = found + cost.estimate("bash", ["audit"], [own, others])
-    assert (both.seconds, both.stages, both.unknown) == (21.0, 5, 1)
-    assert both.by_family == {"base": 10.0, "eval": 6.0, "audit": 5.0}
+    assert (both.seconds, both.stages, both.guessed, both.unknown) == (36.0, 6, 1, 1)
+    assert both.by_family == {"base": 25.0, "eval": 6.0, "audit": 5.0}
 
 
 def test_the_cells_of_any_machine_say_what_their_stages_took():
