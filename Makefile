@@ -21,10 +21,12 @@ WITH_DEV := $(MAKE) --no-print-directory setup EXTRAS=$(subst $() ,$(comma),$(so
 SANDBOX_PACKAGES := bubblewrap uidmap acl
 # A Slurm of this machine's own for the launcher's tests: client, controller, node, and the authentication between them.
 SLURM_PACKAGES := slurm-client slurmctld slurmd munge
+# The browser of the reports' tests, about 400 MB with what it needs, and a font, without which it shows boxes.
+BROWSER_PACKAGES := chromium fonts-dejavu-core
 # Test files are spread over so many processes; each file stays in one.
 TEST_PROCESSES ?= 2
 
-.PHONY: chaos help demo test setup setup-sandbox sandbox-if-possible setup-slurm test-slurm lint soak clean
+.PHONY: chaos help demo test setup setup-sandbox sandbox-if-possible setup-browser browser-if-possible setup-slurm test-slurm lint soak clean
 
 help:
 	@echo "make demo                    the API setting end to end at the tiny preset, into $(DEMO_WORKDIR)"
@@ -33,6 +35,7 @@ help:
 	@echo "make chaos                   twenty disturbed rounds of a distillation on two processes (needs root: it fills a disk)"
 	@echo "make test-slurm              the Slurm launcher in a real Slurm, which it installs (as root, or with sudo)"
 	@echo "make setup-sandbox           Debian packages of the Bash setting's sandbox (as root, or with sudo)"
+	@echo "make setup-browser           Debian's Chromium for the tests of the reports, about 400 MB (as root, or with sudo)"
 	@echo "make lint                    ruff and pyright"
 	@echo "make setup [EXTRAS=dev,...]  only $(VENV); extras: gpu tpu oracles parity report inspect dev"
 	@echo "make clean                   removes $(VENV)"
@@ -80,13 +83,27 @@ sandbox-if-possible:
 	@if command -v apt-get >/dev/null && { [ "$$(id -u)" -eq 0 ] || sudo -n true 2>/dev/null; }; then \
 	  $(MAKE) --no-print-directory setup-sandbox || echo "the sandbox could not be installed: its tests will say so"; fi
 
-test: sandbox-if-possible
-	@$(WITH_DEV)
-	$(BIN)/python -m pytest -m "not soak and not slurm" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+setup-browser:
+	@command -v apt-get >/dev/null || { echo "error: no apt-get here; install the equivalents of: $(BROWSER_PACKAGES)" >&2; exit 1; }
+	root=(); if [ "$$(id -u)" -ne 0 ]; then root=(sudo); fi
+	if ! command -v chromium >/dev/null; then
+	  echo "installing $(BROWSER_PACKAGES), about 400 MB"
+	  $${root[@]+"$${root[@]}"} apt-get update -qq
+	  DEBIAN_FRONTEND=noninteractive $${root[@]+"$${root[@]}"} apt-get install -y -qq --no-install-recommends $(BROWSER_PACKAGES) >/dev/null
+	fi
 
-soak: sandbox-if-possible
+# As the sandbox: where it may; elsewhere the reports' tests in a browser say what they miss.
+browser-if-possible:
+	@if command -v apt-get >/dev/null && { [ "$$(id -u)" -eq 0 ] || sudo -n true 2>/dev/null; }; then \
+	  $(MAKE) --no-print-directory setup-browser || echo "the browser could not be installed: its tests will say so"; fi
+
+test: sandbox-if-possible browser-if-possible
 	@$(WITH_DEV)
-	code=0; $(BIN)/python -m pytest -m "soak and not slurm" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder || code=$$?
+	$(BIN)/python -m pytest -m "not soak and not slurm" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
+
+soak: sandbox-if-possible browser-if-possible
+	@$(WITH_DEV)
+	code=0; $(BIN)/python -m pytest -m "soak and not slurm" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15 || code=$$?
 	if [ $$code -eq 5 ]; then echo "no soak tests were collected"; exit 0; fi
 	exit $$code
 

@@ -45,6 +45,8 @@ BASE = [
     "tree-sitter-bash>=0.25",
     # Manifests of Kubernetes jobs.
     "pyyaml>=6",
+    # Every figure of a report is also written as SVG and PNG: a part of each run, so no extra.
+    "matplotlib>=3.9",
 ]
 
 TORCH = "torch==2.13.0"
@@ -59,7 +61,7 @@ EXTRAS = {
     # What `make test` compares with besides: transformers' own models need torch, adapters are loaded by PEFT. CI
     # installs it.
     "oracles": [TORCH, PEFT],
-    # Rich exports of a report (tables for spreadsheets); the HTML report itself needs nothing.
+    # Rich exports of a report (tables for spreadsheets); the HTML report and its figures need nothing besides the base.
     "report": ["pandas>=2.2"],
     "inspect": ["treescope>=0.1.10"],
     "dev": [
@@ -71,6 +73,9 @@ EXTRAS = {
         "jsonschema>=4.23",
         "ruff>=0.14",
         "pyright[nodejs]>=1.1.400",
+        # The reports in a real browser (`make setup-browser`), checked with axe-core, which the second one ships (MPL-2.0).
+        "playwright>=1.50",
+        "axe-playwright-python>=0.1.8",
     ],
 }
 
@@ -85,7 +90,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["subl_jax", "subl_jax.*", "experiments", "experiments.*", "launch", "launch.*"]),
     package_data={
-        "subl_jax.report": ["report.css"],
+        "subl_jax.report": ["report.css", "browser.js"],
         "subl_jax.grid": ["costs.json"],
         "experiments": ["protocols/*.json", "protocols/grid/*.json"],
     },

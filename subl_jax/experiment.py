@@ -141,7 +141,7 @@ def _run(setting_name: str) -> None:
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
     from subl_jax import conditions, pipeline, stages
     from subl_jax.groundwork import groundwork
-    from subl_jax.report import html, table
+    from subl_jax.report import figures, html, table
 
     conditions.check_mesh(config)
     if setting.prepare is not None:
@@ -186,12 +186,13 @@ def _run(setting_name: str) -> None:
     curves = [{**record, "seed": run.seed} for run in runs for record in read_metrics(run.root / "metrics.jsonl")]
     examples = _examples(rows, protocol.primary.treatment)
     html.write_report(workdir / "report.html", summary, curves, examples, summary["sanitizer"], artifacts.plain(config))
+    figures.export_run(workdir / "figures", summary, curves, summary["sanitizer"])
     print(table.render(summary))
     audit = markers["audit"].extra["closest"][0]
     print(
         f"closest evaluation prompt to any training text: similarity {audit['similarity']:.2f} ({audit['evaluation_id']})"
     )
-    print(f"{workdir / 'summary.json'}  {workdir / 'report.html'}")
+    print(f"{workdir / 'summary.json'}  {workdir / 'report.html'}  {workdir / 'figures'}")
 
 
 def frozen_path(config: ExperimentConfig) -> Path:
@@ -326,12 +327,12 @@ def _throughput(markers: Mapping[str, artifacts.Marker]) -> dict[str, float | No
 
 
 def _examples(rows: Sequence[Mapping[str, Any]], student: str, count: int = 3) -> list[dict[str, Any]]:
-    """Ambiguous tasks with the episodes of base, teacher and student of the first seed; telling ones first."""
+    """Ambiguous tasks with the episodes of every model of the first seed; what base and student solve differently first."""
     first = min(row["seed"] for row in rows)
     episodes = {
         row["condition"]: {example["task_id"]: example for example in row["examples"]}
         for row in rows
-        if row["seed"] == first and row["condition"] in ("base", "teacher", student)
+        if row["seed"] == first
     }
     # A task on which base and student differ shows more than one on which all do the same.
     ordered = sorted(

@@ -16,7 +16,7 @@ from subl_jax.distill.objective import Objective
 from subl_jax.distillation.run import MEASURES, Distillation
 from subl_jax.metrics.writers import read_metrics
 from subl_jax.report import curves
-from subl_jax.report.html import captioned_table, table_row, whole_page
+from subl_jax.report.page import captioned_table, table_row, whole_page
 from subl_jax.report.table import aligned, number, wrapped
 from subl_jax.sources import describe
 

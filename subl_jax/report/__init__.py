@@ -1,1 +1,1 @@
-"""What a person reads: the table in the terminal and the self-contained HTML report."""
+"""What a person reads: the table in the terminal, the self-contained HTML reports, and their figures as files."""

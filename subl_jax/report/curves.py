@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from subl_jax.report import plots
@@ -17,6 +16,8 @@ from subl_jax.report import plots
 # What a person watches while training; rates, timings and counters stay in metrics.jsonl and TensorBoard.
 _SHOWN = ("loss", "kl", "divergence", "cross_entropy", "accuracy", "agreement")
 _COLOURS = 8
+# What is measured as a share; everything else that is shown is a loss or a divergence.
+_SHARES = ("accuracy", "agreement")
 
 
 def _lines(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[tuple[str, Any], list[tuple]]]:
@@ -35,18 +36,28 @@ def _lines(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[t
     return charts
 
 
-def section(records: Sequence[Mapping[str, Any]]) -> str:
-    """The section of learning curves; says so where nothing was recorded."""
-    figures = []
+def drawings(records: Sequence[Mapping[str, Any]]) -> list[plots.Lines]:
+    """One chart per kind of stage and metric, a line per stage and seed."""
+    found = []
     for (kind, metric), lines in _lines(records).items():
         names = list(dict.fromkeys(line for line, _ in lines))
         series = []
-        for (line, _), points in lines.items():
+        for (line, seed), points in lines.items():
             points = sorted(points, key=lambda point: point[0])
             colour = f"s{names.index(line) % _COLOURS}"
-            series.append(plots.Series(line, [step for step, _ in points], [value for _, value in points], colour))
-        figures.append(plots.line_chart(f"{kind}: {metric}".replace("_", " "), series))
+            series.append(
+                plots.Series(line, [step for step, _ in points], [value for _, value in points], colour, seed)
+            )
+        unit = "share" if any(name in metric for name in _SHARES) else "nats per token"
+        title = f"{kind}: {metric}".replace("_", " ")
+        found.append(plots.Lines(f"curve-{kind}-{metric}", f"{title} ({unit})", series))
+    return found
+
+
+def section(records: Sequence[Mapping[str, Any]]) -> str:
+    """The section of learning curves; says so where nothing was recorded."""
+    figures = [plots.line_chart(drawing) for drawing in drawings(records)]
     body = f'<div class="charts">{"".join(figures)}</div>' if figures else "<p>No training metrics were recorded.</p>"
     seeds = {record.get("seed") for record in records}
     note = "<p>One line per stage and seed; seeds share a colour.</p>" if len(seeds) > 1 else ""
-    return f'<section aria-labelledby="curves"><h2 id="curves">{escape("Learning curves")}</h2>{note}{body}</section>'
+    return f'<section aria-labelledby="curves"><h2 id="curves">Learning curves</h2>{note}{body}</section>'

@@ -13,7 +13,7 @@ from typing import Any
 
 from subl_jax.artifacts import write_text_atomic
 from subl_jax.report import plots
-from subl_jax.report.html import captioned_table, table_row, whole_page
+from subl_jax.report.page import captioned_table, table_row, whole_page
 from subl_jax.report.table import MISSING, aligned, p_cell, percent, wrapped
 
 QUESTION = (

@@ -1,15 +1,16 @@
 """The report's plots as inline SVG: rows of dots with intervals, bars, and line charts with or without intervals.
 
-In: numbers and labels. Out: HTML fragments without scripts or outside references. Positions are percentages and text
-stays HTML, so that a plot is as readable at phone width as on a desk; colours come from the style sheet's properties.
-SVG by hand rather than Matplotlib: it follows the reader's theme, stays selectable, and weighs a few kilobytes.
+In: numbers and labels; `Intervals`, `Bars` and `Lines` are what `report.figures` writes to files too. Out: HTML fragments
+without scripts or outside references. Positions are percentages and text stays HTML, so that a plot is as readable at phone
+width as on a desk; colours come from the style sheet's properties. SVG by hand rather than by Matplotlib: it follows the
+reader's theme, stays selectable, and weighs a few kilobytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 _ROW_HEIGHT = 30
@@ -21,12 +22,9 @@ class Dot:
     """One row of an interval plot.
 
     Attributes:
-      label: the row's name; `detail`: a smaller line under it.
-      detail: see `label`.
-      value: the estimate; `low` and `high`: its interval; `points`: the per-seed estimates.
-      low: see `value`.
-      high: see `value`.
-      points: see `value`.
+      label, detail: the row's name, and a smaller line under it.
+      value, low, high: the estimate and its interval.
+      points: the estimate of each seed, seed -> value.
       colour: the name of a colour property of the style sheet.
       figure: the value in words at the row's end.
     """
@@ -36,19 +34,68 @@ class Dot:
     value: float
     low: float
     high: float
-    points: Sequence[float]
+    points: Mapping[int, float]
     colour: str
     figure: str
 
 
 @dataclasses.dataclass(frozen=True)
+class Intervals:
+    """Rows of dots with intervals over one axis.
+
+    Attributes:
+      name: of its files where it is exported.
+      title: what is shown.
+      dots: the rows.
+      domain, ticks: of the axis.
+      unit: of the axis, as short as "%" or "points".
+    """
+
+    name: str
+    title: str
+    dots: Sequence[Dot]
+    domain: tuple[float, float]
+    ticks: Sequence[float]
+    unit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """Bars as shares of a whole.
+
+    Attributes:
+      name, title: as of `Intervals`.
+      bars: (label, value, colour property).
+      whole: the value of a full bar.
+      unit: what is counted.
+    """
+
+    name: str
+    title: str
+    bars: Sequence[tuple[str, float, str]]
+    whole: float
+    unit: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Series:
-    """One line of a chart: its name in the legend, its points in order of x, and its colour property."""
+    """One line of a chart: its name in the legend, its points in order of x, its colour property, and its seed if any."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     colour: str
+    seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """A chart of lines over a common x axis; `name` and `title` as of `Intervals`."""
+
+    name: str
+    title: str
+    series: Sequence[Series]
+    x_label: str = "step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +124,26 @@ def _share(value: float, domain: tuple[float, float]) -> float:
     return round(100 * (min(max(value, low), high) - low) / (high - low), 3)
 
 
-def interval_rows(dots: Sequence[Dot], domain: tuple[float, float], ticks: Sequence[float], unit: str) -> str:
+def tick_label(value: float, domain: tuple[float, float]) -> str:
+    """A tick of an axis; signed where the axis has two sides."""
+    return f"{value:+g}" if domain[0] < 0 and value else f"{value:g}"
+
+
+def interval_rows(plot: Intervals) -> str:
     """Horizontal dots with intervals, per-seed points as open circles beneath, and an axis at the end."""
+    domain = plot.domain
     grid = "".join(
         f'<line x1="{_share(t, domain)}%" x2="{_share(t, domain)}%" y1="0" y2="{_ROW_HEIGHT}" '
         f'stroke="var(--{"soft" if t == 0 and domain[0] < 0 else "grid"})"/>'
-        for t in ticks
+        for t in plot.ticks
     )
-    rows = "".join(_dot_row(dot, domain, grid) for dot in dots)
+    rows = "".join(_dot_row(dot, domain, grid) for dot in plot.dots)
     labels = "".join(
-        f'<text x="{_share(t, domain)}%" y="14" text-anchor="middle">{t:+g}</text>'
-        if domain[0] < 0 and t
-        else f'<text x="{_share(t, domain)}%" y="14" text-anchor="middle">{t:g}</text>'
-        for t in ticks
+        f'<text x="{_share(t, domain)}%" y="14" text-anchor="middle">{tick_label(t, domain)}</text>' for t in plot.ticks
     )
     return (
         f'{rows}<div class="row axis" aria-hidden="true"><div class="name"></div><div class="plot">'
-        f'<svg width="100%" height="18">{labels}</svg></div><div class="figure note">{escape(unit)}</div></div>'
+        f'<svg width="100%" height="18">{labels}</svg></div><div class="figure note">{escape(plot.unit)}</div></div>'
     )
 
 
@@ -105,10 +155,11 @@ def _dot_row(dot: Dot, domain: tuple[float, float], grid: str) -> str:
     y = 11 if shown else 15
     marks = "".join(
         f'<circle cx="{_share(p, domain)}%" cy="22" r="3" fill="none" stroke="{colour}" stroke-width="1.2"/>'
-        for p in (dot.points if shown else ())
+        for p in (dot.points.values() if shown else ())
     )
-    seeds = f"; seeds {', '.join(f'{p:.1f}' for p in dot.points)}" if shown else ""
-    words = escape(f"{dot.label}: {dot.value:.1f}, 95 % interval {dot.low:.1f} to {dot.high:.1f}{seeds}")
+    seeds = f"; {', '.join(f'seed {seed}: {p:.1f}' for seed, p in dot.points.items())}" if shown else ""
+    named = f"{dot.label} ({dot.detail})" if dot.detail else dot.label
+    words = escape(f"{named}: {dot.value:.1f}, 95 % interval {dot.low:.1f} to {dot.high:.1f}{seeds}")
     detail = f"<small>{escape(dot.detail)}</small>" if dot.detail else ""
     return (
         f'<div class="row"><div class="name">{escape(dot.label)}{detail}</div><div class="plot">'
@@ -121,14 +172,14 @@ def _dot_row(dot: Dot, domain: tuple[float, float], grid: str) -> str:
     )
 
 
-def bar_rows(bars: Sequence[tuple[str, float, str]], whole: float) -> str:
-    """Horizontal bars as shares of `whole`: (label, value, colour property)."""
+def bar_rows(plot: Bars) -> str:
+    """Horizontal bars, each with its count and its share of the whole."""
     rows = []
-    for label, value, colour in bars:
-        width = _share(value, (0.0, max(whole, 1.0)))
+    for label, value, colour in plot.bars:
+        width = _share(value, (0.0, max(plot.whole, 1.0)))
         rows.append(
             f'<div class="row"><div class="name">{escape(label)}</div><div class="plot">'
-            f'<svg width="100%" height="18" role="img" aria-label="{escape(f"{label}: {value:g} of {whole:g}")}">'
+            f'<svg width="100%" height="18" role="img" aria-label="{escape(f"{label}: {value:g} of {plot.whole:g}")}">'
             f'<rect x="0" y="3" width="100%" height="12" rx="2" fill="var(--grid)"/>'
             f'<rect x="0" y="3" width="{width}%" height="12" rx="2" fill="var(--{colour})"/></svg></div>'
             f'<div class="figure">{value:g} ({width:.1f} %)</div></div>'
@@ -158,13 +209,19 @@ def thin(x: Sequence[float], y: Sequence[float], limit: int = _MAX_POINTS) -> tu
     return [x[k] for k in kept], [y[k] for k in kept]
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
-    """Lines over a common x axis; points that are not finite break off with a note, never with a false line."""
-    finite = [
+def finite_lines(series: Sequence[Series]) -> list[Series]:
+    """The lines without the points that are not finite, and without lines that then have none."""
+    return [
         dataclasses.replace(line, x=[a for a, _ in pairs], y=[b for _, b in pairs])
         for line in series
         if (pairs := [(a, b) for a, b in zip(line.x, line.y, strict=True) if math.isfinite(b)])
     ]
+
+
+def line_chart(plot: Lines) -> str:
+    """Lines over a common x axis; points that are not finite break off with a note, never with a false line."""
+    title, series, x_label = plot.title, plot.series, plot.x_label
+    finite = finite_lines(series)
     lost = sum(len(line.x) for line in series) - sum(len(line.x) for line in finite)
     note = f" {lost} values that are not finite are left out." if lost else ""
     if not finite:

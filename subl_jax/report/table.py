@@ -29,8 +29,10 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def interval(limits: Sequence[float], scale: float = 100.0) -> str:
     """Confidence limits in brackets; rates are scaled to per cent."""
-    low, high = (scale * limit for limit in limits)
-    return f"[{low:.0f}, {high:.0f}]" if scale == 100.0 else f"[{low:.2f}, {high:.2f}]"
+    digits = 0 if scale == 100.0 else 2
+    # Zero is added: what rounds to nothing has no sign.
+    low, high = (round(scale * limit, digits) + 0.0 for limit in limits)
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _shorten(name: str, width: int) -> str:

@@ -4,66 +4,37 @@ from __future__ import annotations
 
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 
-from subl_jax.report import curves, episodes, html, plots
+from subl_jax.report import curves, html, page, plots
+from subl_jax.report import style as sheet
 from tests.report import fake_run
-
-_VOID = {"meta", "br", "line", "circle", "rect", "polyline"}
-
-
-class _Page(HTMLParser):
-    """Collects tags, headings and text, and checks that elements nest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in _VOID:
-            assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
+from tests.report.parsed import parsed
 
 
-def _page(**changes) -> _Page:
+def _page(**changes):
     given = {
         "summary": fake_run.summary(), "curves": fake_run.curves(), "examples": fake_run.examples(),
         "sanitizer": None, "config": {"distill": {"learning_rate": 3e-4}},
     }  # fmt: skip
-    parsed = _Page()
-    parsed.feed(html.render(**(given | changes)))
-    assert parsed.open == []
-    return parsed
+    return parsed(html.render(**(given | changes)))
 
 
 @pytest.fixture(scope="module")
-def page() -> _Page:
+def report():
     return _page()
 
 
-def test_the_page_loads_nothing_and_runs_nothing(page):
-    assert not {"script", "link", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
-    for _, attributes in page.tags:
-        assert not {"src", "href", "srcset", "onload", "onclick"} & attributes.keys()
-    assert not re.search(r"url\(|@import", html.css())
+def test_the_page_loads_nothing_and_runs_only_its_own_script(report):
+    report.is_self_contained()
+    assert not re.search(r"url\(|@import", sheet.css())
+    assert [text for text in report.scripts] == [page.browser_script()]
+    assert _page(examples=[]).scripts == []
 
 
-def test_what_a_model_wrote_is_shown_as_text(page):
-    assert "<script>alert('x')</script>" in page.text
+def test_what_a_model_wrote_is_shown_as_text(report):
+    assert "<script>alert('x')</script>" in report.text
 
 
 def test_markup_in_every_outside_string_is_escaped():
@@ -85,51 +56,38 @@ def test_markup_in_every_outside_string_is_escaped():
         "action": "unparseable", "tool": evil, "turn": 0, "done": False,
     }  # fmt: skip
     records = [{"stage": evil, "step": 0, "loss": 1.0}, {"stage": evil, "step": 1, f"loss_{evil}": 1.0}]
-    parsed = _page(summary=summary, examples=examples, curves=records, config={evil: evil})
-    assert "img" not in {tag for tag, _ in parsed.tags}
-    assert parsed.text.count(evil) > 10
+    found = _page(summary=summary, examples=examples, curves=records, config={evil: evil})
+    assert "img" not in {tag for tag, _ in found.tags}
+    assert found.text.count(evil) > 10
 
 
-def test_the_answer_and_every_condition_and_contrast_stand_there(page):
+def test_the_answer_and_every_condition_and_contrast_stand_there(report):
     summary = fake_run.summary()
-    assert summary["answer"] in page.text
+    assert summary["answer"] in report.text
     for name in summary["conditions"]:
-        assert name in page.text
+        assert name in report.text
     for contrast in summary["contrasts"]:
-        assert contrast["name"] in page.text and contrast["verdict"] in page.text
-    assert summary["protocol"]["hash"] in page.text and "learning_rate" in page.text
+        assert contrast["name"] in report.text and contrast["verdict"] in report.text
+    assert summary["protocol"]["hash"] in report.text and "learning_rate" in report.text
 
 
-def test_the_total_time_stands_there_once(page):
+def test_the_total_time_stands_there_once(report):
     # The summary brings its own total (249.6 s here, the sum of the stages).
-    assert page.text.count("249.6") == 1 and "499.2" not in page.text
+    assert report.text.count("249.6") == 1 and "499.2" not in report.text
 
 
-def test_headings_descend_one_level_at_a_time_and_tables_have_captions(page):
-    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+def test_headings_descend_one_level_at_a_time_and_tables_have_captions(report):
+    levels = [int(tag[1]) for tag, _ in report.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
-    names = [tag for tag, _ in page.tags]
+    names = [tag for tag, _ in report.tags]
     assert names.count("table") == names.count("caption") > 5
 
 
-def test_every_plot_is_described_in_words(page):
-    for tag, attributes in page.tags:
+def test_every_plot_is_described_in_words(report):
+    for tag, attributes in report.tags:
         if tag == "svg" and attributes.get("role") == "img":
             assert re.search(r"\d", attributes["aria-label"] or "")
-
-
-def test_the_first_substantive_action_is_marked_once_per_episode(page):
-    marked = [attributes["class"] for tag, attributes in page.tags if tag == "div" and "turn first" in attributes.get("class", "")]  # fmt: skip  # noqa: E501
-    assert sorted(marked) == ["turn first biased"] * 6 + ["turn first neutral"] * 3
-
-
-def test_an_episode_without_an_action_marks_no_turn():
-    example = fake_run.examples()[0]
-    for episode in example["episodes"].values():
-        episode |= {"action": "none", "tool": None, "turn": None}
-    assert "turn first" not in episodes.section([example], fake_run.summary()["wording"])
-    assert "no such action" in episodes.section([example], fake_run.summary()["wording"])
 
 
 def test_a_report_over_the_size_limit_is_refused_and_the_old_one_stays(tmp_path):
@@ -138,8 +96,8 @@ def test_a_report_over_the_size_limit_is_refused_and_the_old_one_stays(tmp_path)
     before = path.read_bytes()
     assert len(before) < 300_000
     examples = fake_run.examples()
-    examples[0]["prompt"] = "x" * html.SIZE_LIMIT
-    with pytest.raises(html.ReportError, match="over the limit"):
+    examples[0]["prompt"] = "x" * page.SIZE_LIMIT
+    with pytest.raises(page.ReportError, match="over the limit"):
         html.write_report(path, fake_run.summary(), [], examples, None, {})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
@@ -150,14 +108,15 @@ def test_an_empty_run_still_renders():
 
 
 def test_dots_stand_where_their_values_are():
-    dot = plots.Dot("student", "", 25.0, 10.0, 50.0, [20.0, 30.0], "biased", "25")
-    row = plots.interval_rows([dot], (0.0, 100.0), (0, 100), "%")
+    dot = plots.Dot("student", "", 25.0, 10.0, 50.0, {4: 20.0, 7: 30.0}, "biased", "25")
+    row = plots.interval_rows(plots.Intervals("a", "a", [dot], (0.0, 100.0), (0, 100), "%"))
     assert 'cx="25.0%"' in row and 'x1="10.0%" x2="50.0%"' in row
     assert 'cx="20.0%"' in row and 'cx="30.0%"' in row
+    assert "seed 4: 20.0, seed 7: 30.0" in row
 
 
 def test_losses_are_drawn_to_scale_and_upwards_is_larger():
-    chart = plots.line_chart("loss", [plots.Series("a", [0, 10], [0.0, 4.0], "s0")])
+    chart = plots.line_chart(plots.Lines("a", "loss", [plots.Series("a", [0, 10], [0.0, 4.0], "s0")]))
     assert '<polyline points="0,100 100,0"' in chart
 
 
@@ -173,7 +132,8 @@ def test_values_that_are_not_finite_are_left_out_and_said():
     records = [{"stage": "base", "step": step, "loss": None if step == 3 else 1.0 * step} for step in range(6)]
     section = curves.section(records)
     assert "1 values that are not finite" in section and "nan" not in section
-    assert plots.line_chart("x", [plots.Series("a", [0], [math.inf], "s0")]).count("polyline") == 0
+    chart = plots.line_chart(plots.Lines("a", "x", [plots.Series("a", [0], [math.inf], "s0")]))
+    assert chart.count("polyline") == 0
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_ends():
