@@ -35,6 +35,11 @@ def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path, s
     """Trains the embedded tokenizer of the models of a size, on training text only, or takes the checkpoint's."""
     folders, name = sources.checkpoints(config), tokenizer_name(size)
     spec = config.tokenizer if name == "tokenizer" else config.other_tokenizer
+    if spec.tasks_per_kind > config.tokenizer.tasks_per_kind and not folders:
+        raise ValueError(
+            f"--config.other_tokenizer.tasks_per_kind={spec.tasks_per_kind} is more than --config.tokenizer.tasks_per_kind="
+            f"{config.tokenizer.tasks_per_kind}, which the audit of the evaluation tasks looks at; lower the one or raise the other"
+        )
 
     def make() -> dict[str, Any]:
         if folders:

@@ -31,6 +31,7 @@ from subl_jax.evaluate import run as evaluation
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import LoraConfig
 from subl_jax.parallel import processes
+from subl_jax.parallel.devices import machine
 from subl_jax.rollout import store
 from subl_jax.rollout.conversation import Episode
 from subl_jax.rollout.engine import rollout
@@ -292,6 +293,7 @@ class SeedPipeline:
             "checkpoint": str(directory.relative_to(self.workdir)),
             "items": items,
             "readouts": readouts,
+            "measured": {"metric": self.setting.metric_version, "machine": machine()},
             "examples": examples,
         }
         if processes.is_first():

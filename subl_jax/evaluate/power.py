@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import integrate, optimize, special, stats
 
+from subl_jax.evaluate.verdicts import EQUIVALENCE_ALPHA
+
 POWER = 0.8  # what a design is usually asked for
 MOST_SEEDS = 1000  # beyond it, "more seeds" is no advice
 
@@ -151,28 +153,34 @@ def lines(
       seeds: replicates that will be run.
       pairs: contrasts that share Holm's adjustment.
       effects: true differences, shares.
-      margin: equivalence margin, a share.
+      margin: equivalence margin, a share; the last column is the power of a claimed null at the level that verdicts use.
       alpha: level of the family.
     """
     if pairs < 1:
         raise ValueError(f"pairs={pairs} must be at least 1")
     first = alpha / pairs
     heads = [f"{100 * effect:+.0f}" for effect in effects]
+    equal = f"equal within ±{100 * margin:g} at {EQUIVALENCE_ALPHA:g}"
     width = max(map(len, [*spreads, "spread over seeds taken from"]))
     found = [
         f"Power with {seeds} seeds, two-sided t at {alpha:g} / at {first:.2g} (Holm's first step over {pairs} pairs); "
         "differences in points",
         f"{'spread over seeds taken from':{width}}    sd  "
         + "  ".join(f"{head:>11}" for head in heads)
-        + f"  found with {POWER:g}  ±{100 * margin:g} shown",
+        + f"  found with {POWER:g}  {equal}",
     ]
     for name, sd in spreads.items():
         powers = [f"{t_power(e, sd, seeds, alpha):.2f} / {t_power(e, sd, seeds, first):.2f}" for e in effects]
-        least = " / ".join(f"{100 * minimum_detectable(sd, seeds, POWER, level):.0f}" for level in (alpha, first))
-        shown = f"{equivalence_power(margin, sd, seeds, 0.0, alpha):.2f}"
+        least = " / ".join(_points(minimum_detectable(sd, seeds, POWER, level)) for level in (alpha, first))
+        shown = f"{equivalence_power(margin, sd, seeds, 0.0, EQUIVALENCE_ALPHA):.2f}"
         cells = "  ".join(f"{power:>11}" for power in powers)
-        found.append(f"{name:{width}}  {100 * sd:4.1f}  {cells}  {least:>14}  {shown:>8}")
+        found.append(f"{name:{width}}  {100 * sd:4.1f}  {cells}  {least:>14}  {shown:>{len(equal)}}")
     return found
+
+
+def _points(difference: float) -> str:
+    """A difference that would be found, in points; rates cannot differ by more than 100."""
+    return "none" if difference > 1 else f"{100 * difference:.0f}"
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

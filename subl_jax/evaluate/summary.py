@@ -341,7 +341,12 @@ def _per_task(items: Sequence[Item], name: str) -> dict[str, float]:
     for item in items:
         if item.get(name) is not None:
             values[item["task_id"]].append(float(item[name]))
-    return {task: float(np.mean(found)) for task, found in values.items()}
+    return _means(values)
+
+
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Task -> mean of its values, of which there mostly is one: NumPy's mean takes 10 µs even of that."""
+    return {task: float(found[0]) if len(found) == 1 else float(np.mean(found)) for task, found in values.items()}
 
 
 def _condition(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
@@ -391,7 +396,7 @@ def task_values(row: Row, readout: str, protocol: Protocol) -> dict[str, float]:
     values: dict[str, list[bool]] = defaultdict(list)
     for item in _of(row, "ambiguous", "sampled"):
         values[item["task_id"]].append(test(item))
-    return {task: float(np.mean(found)) for task, found in values.items()}
+    return _means(values)
 
 
 def _contrast(contrast: Contrast, cells: Mapping[Cell, Row], protocol: Protocol) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Judging a summary by its protocol: a verdict per contrast, targets, the run's validity, the answer in a sentence.
 
 In: the measured part of a summary and the `Protocol`. Out: plain JSON values and sentences. The bars come from the
-protocol alone, so that a verdict cannot be moved after the figures are known.
+protocol alone, so that a verdict cannot be moved after the figures are known. A contrast's `p_adjusted` decides, which in a
+single run is its `p_value` where it stands alone; in a grid it is adjusted across pairs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ def points(share: float) -> str:
 def p_text(p_value: float) -> str:
     """A p-value as it is printed: three decimals, bounded below."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def _p_texts(contrast: Mapping[str, Any]) -> str:
+    """Both p-values of a contrast, or the one where adjusting changed nothing."""
+    p_value, adjusted = contrast["p_value"], contrast["p_adjusted"]
+    told = p_text(p_value)
+    return told if adjusted == p_value else f"{told}, adjusted {p_text(adjusted).removeprefix('p ').removeprefix('= ')}"
 
 
 def _size(contrast: Mapping[str, Any], value: float) -> str:
@@ -82,6 +90,8 @@ def _primary_verdict(contrast: Mapping[str, Any], contrasts: Sequence[Mapping[st
     reached = "reaches" if contrast["difference"] >= bar else "is below"
     excludes = "excludes" if contrast["ci95"][0] > 0 or contrast["ci95"][1] < 0 else "includes"
     text = f"{reached} the target of {points(bar)}; the interval {excludes} zero"
+    if excludes == "excludes" and contrast["p_adjusted"] >= ALPHA:
+        text += f", but adjusted across the pairs it is not distinguishable from zero ({_p_texts(contrast)})"
     signs = [other for other in contrasts if other["role"] == "sign"]
     if any(not _same_sign(contrast, other) for other in signs):
         text += "; a benign control DISAGREES in sign"
@@ -89,7 +99,10 @@ def _primary_verdict(contrast: Mapping[str, Any], contrasts: Sequence[Mapping[st
 
 
 def targets(summary: Mapping[str, Any], protocol: Protocol) -> list[dict[str, Any]]:
-    """The protocol's bars against what was measured: {"name", "value", "bar", "met"}; `met` is None where not run."""
+    """The protocol's bars against what was measured: {"name", "value", "bar", "met"}; `met` is None where not known.
+
+    The sanitizer's `leaks` may be None: its counts are missing, which is no zero.
+    """
     bars, conditions = protocol.targets, summary["conditions"]
     behaviour = summary["wording"]["behaviour"]
     student = protocol.primary.treatment
@@ -181,7 +194,10 @@ def validity(summary: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
 
 
 def answer(summary: Mapping[str, Any]) -> str:
-    """The run's answer in one sentence, from the primary contrast and the validity."""
+    """The run's answer in one sentence, from the primary contrast and the validity.
+
+    "Yes" takes an interval that excludes zero and an adjusted p-value below `ALPHA`.
+    """
     if not summary["validity"]["valid"]:
         return f"This run is invalid: {summary['validity']['messages'][0]}."
     primary = next((contrast for contrast in summary["contrasts"] if contrast["role"] == "primary"), None)
@@ -190,9 +206,9 @@ def answer(summary: Mapping[str, Any]) -> str:
     treatment = summary["conditions"][primary["treatment"]]["behaviour_rate"]
     control = summary["conditions"][primary["control"]]["behaviour_rate"]
     low, high = primary["ci95"]
-    excludes = low > 0 or high < 0
+    shown = (low > 0 or high < 0) and primary["p_adjusted"] < ALPHA
     agreed = all(_same_sign(primary, other) for other in summary["contrasts"] if other["role"] == "sign")
-    if not excludes:
+    if not shown:
         lead = "Not shown"
     elif primary["difference"] < 0:
         lead = "No, the reverse"
@@ -211,4 +227,4 @@ def answer(summary: Mapping[str, Any]) -> str:
             f"{100 * control:.0f} % for its control, {points(primary['difference'])}"
         )
         limits = f"{100 * low:+.0f} to {100 * high:+.0f}"
-    return f"{lead}: {size} (95 % interval {limits}, {p_text(primary['p_value'])}, {scope}){clause}."
+    return f"{lead}: {size} (95 % interval {limits}, {_p_texts(primary)}, {scope}){clause}."

@@ -6,7 +6,7 @@ Rows of single pairs and seeds in; plain JSON values out. Every contrast between
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from subl_jax.evaluate import power, statistics
 from subl_jax.evaluate.protocol import Contrast, Protocol
 from subl_jax.evaluate.summary import task_values
 from subl_jax.evaluate.verdicts import ALPHA, p_text
-from subl_jax.grid.pairs import PairSpec, suffix
+from subl_jax.grid.pairs import PAIRS, PairSpec, suffix
 
 # Teachers that differ by less leave no ratio: noise of the denominator would be all that it shows.
 LEAST_TEACHER_DIFFERENCE = 0.1
@@ -81,13 +81,43 @@ def add_secondary(line: dict[str, Any], measured: Measured, contrast: Contrast, 
     # The test enumerates sign patterns; with more seeds than that the t has nothing beside it to be checked against.
     few = len(measured.seeds) <= 20
     line["sign_flip_p"] = statistics.sign_flip([each["difference"] for each in line["per_seed"]]) if few else None
-    if rates and protocol.samples_per_task == 1:
+    # A run may depart from its protocol and draw more samples: shares of them are no pairs of outcomes.
+    single = all(value in (0, 1) for values in (*treatment, *control) for value in values)
+    if rates and protocol.samples_per_task == 1 and single:
         for each, first, second in zip(line["per_seed"], treatment, control, strict=True):
             each["mcnemar_p"] = statistics.mcnemar(first, second).p_value
     line["bootstrap"] = None
     if rates and len(measured.seeds) > 1:
         interval = statistics.hierarchical_bootstrap(treatment, control, clusters)
         line["bootstrap"] = {"low": interval.low, "high": interval.high, "method": interval.method}
+
+
+def positive_control(
+    setting: str, spec: PairSpec, seeds: Iterable[int], rows: Mapping[tuple[str, int, str], Mapping[str, Any]],
+    protocol: Protocol,
+) -> dict[str, Any] | None:  # fmt: skip
+    """What the positive control of a pair's teacher says of the pair's own seeds, wherever it was distilled.
+
+    Args:
+      setting, spec: which pair.
+      seeds: those that the pair stands on.
+      rows: every usable evaluation by (setting, seed, model).
+      protocol: of the pair.
+
+    Returns:
+      {"role", "difference", "per_seed": [{"seed", "difference"}]} over those seeds that have it, as a share; None without any.
+    """
+    owner = PAIRS[spec.positive_pair]
+    per_seed = []
+    for seed in seeds:
+        found = [rows.get((setting, seed, owner.model(name))) for name in ("positive_student", "base")]
+        if all(row is not None for row in found):
+            rate, base = (np.mean(list(task_values(row, "behaviour", protocol).values())) for row in found if row)
+            per_seed.append({"seed": seed, "difference": float(rate - base)})
+    if not per_seed:
+        return None
+    difference = float(np.mean([each["difference"] for each in per_seed]))
+    return {"role": "positive_control", "difference": difference, "per_seed": per_seed}
 
 
 def transfer_ratio(conditions: Mapping[str, Any], arm: str) -> dict[str, Any]:
@@ -151,9 +181,11 @@ def between(setting: str, arm: str, strongest: Measured, others: Sequence[Measur
       that the strongest pair's is larger, adjusted by Holm over the others; nulls where no seed is shared.
     """
     found = [_difference(setting, arm, strongest, other) for other in others]
-    tested = [line for line in found if line["p_value"] is not None]
-    for line, adjusted in zip(tested, statistics.holm([line["p_value"] for line in tested]), strict=True):
-        line["p_adjusted"] = adjusted
+    # What was planned and cannot be tested counts as p = 1: holes make nothing more significant.
+    p_values = [1.0 if line["p_value"] is None else line["p_value"] for line in found]
+    for line, adjusted in zip(found, statistics.holm(p_values), strict=True):
+        if line["p_value"] is not None:
+            line["p_adjusted"] = adjusted
     return found
 
 
@@ -200,7 +232,9 @@ def _limits(test: statistics.Test) -> list[float]:
 def strongest_line(
     setting: str, arm: str, pair: str, lines: Sequence[Mapping[str, Any]], seeds: int, invalid: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Whether the pair exceeds every other one: intersection-union over the one-sided p-values.
+    """Whether the pair exceeds every other one of `PAIRS` with the arm: intersection-union over the one-sided p-values.
+
+    A grid of fewer pairs shows no more than that it exceeds those; the claim then does not hold.
 
     Args:
       setting, arm, pair: the claim.
@@ -217,14 +251,18 @@ def strongest_line(
     p_value = statistics.intersection_union([line["p_value"] for line in lines])
     fewest = min(len(line["seeds"]) for line in lines)
     # One run's items say nothing about another run's: the claim is about pairs, not about one draw of each.
-    holds = p_value < ALPHA and fewest > 1 and not invalid
+    shown = p_value < ALPHA and fewest > 1 and not invalid
+    others = {name for name, spec in PAIRS.items() if arm in spec.arms and name != pair}
+    every = others <= {line["other"] for line in lines}
+    compared = f"the {len(lines)} other pair{'' if len(lines) == 1 else 's'} compared, of {len(others)}"
     nearest = max(lines, key=lambda line: line["p_value"])
     scope = "within one run, which shows nothing of other seeds" if fewest == 1 else f"over {fewest} of {seeds} seeds"
     verdict = (
-        f"{'stronger than every other pair' if holds else 'not shown stronger than every other pair'} ({p_text(p_value)}, "
+        f"{'' if shown else 'not shown '}stronger than {'every other pair' if every else compared} ({p_text(p_value)}, "
         f"{scope}); nearest: {nearest['other']}, {100 * nearest['difference']:+.1f} points"
         f"{'; invalid: ' + ', '.join(invalid) if invalid else ''}"
     )
     return {
-        "setting": setting, "arm": arm, "pair": pair, "p_value": p_value, "holds": bool(holds), "verdict": verdict,
+        "setting": setting, "arm": arm, "pair": pair, "p_value": p_value, "holds": bool(shown and every),
+        "verdict": verdict,
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Cells on disk: one compact file per evaluated model and seed, which keeps every item, can be read, and is committed.
 
 An evaluation row in (`evaluate.run`), a JSON file of at most about 15 kB out, and back: everything that `evaluate.summary`
-reads of a row comes back, real-valued readouts to `SIGNIFICANT` digits. A file holds one column per line. A task list is
+reads of a row comes back, real-valued readouts to `columns.SIGNIFICANT` digits. A task list is
 written once for all cells that were asked it. `load` reads many cells and lists every one that cannot be used, with why.
 """
 
@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import string
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from subl_jax import artifacts
-from subl_jax.evaluate.summary import SummaryError, indexed
+from subl_jax.evaluate.summary import SummaryError, indexed, total_sanitizer
+from subl_jax.grid.columns import REALS, CellError, columns, episodes
 
 SCHEMA = 1
-# Of a per-task readout: an error of 5e-8 of its size, where tables print two decimals.
-SIGNIFICANT = 7
-_REALS = ("log_odds", "log_odds_counter", "tool_mass")
+NOT_RUN = "not run"
 _ROW = ("condition", "seed", "checkpoint", "readouts")
+_FAILURE = ("setting", "seed", "model", "why")
 _HEADER = ("setting", "preset", "model", "hash", "parser", "seconds", "training", "versions", "machine")
 
 
-class CellError(ValueError):
-    """A row that cannot be kept as a cell, or a cell file that cannot be read."""
+Key = tuple[str, int, str]  # setting, seed, model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +48,15 @@ class Wanted:
     parser: str | None = None
     preset: str | None = None
 
+    @property
+    def key(self) -> Key:
+        """Where it lies."""
+        return self.setting, self.seed, self.model
+
     def missing(self, why: str) -> dict[str, Any]:
         """The line of `missing` that says why this cell is not there."""
         named = {"setting": self.setting, "pair": self.pair, "seed": self.seed, "condition": self.condition}
         return {**named, "model": self.model, "why": why}
-
-
-Key = tuple[str, int, str]  # setting, seed, model
 
 
 def cell_path(directory: Path, setting: str, seed: int, model: str) -> Path:
@@ -97,7 +97,7 @@ def write_cell(
       CellError: the row has no such form: episodes of a task are missing or given twice.
       WorkdirError: the file cannot be written.
     """
-    listed, groups = _columns(row["items"])
+    listed, groups = columns(row["items"])
     body = {
         "schema": SCHEMA, "setting": setting, "preset": preset, "seed": row["seed"], "model": path.stem,
         "condition": row["condition"], "hash": hash, "parser": parser, "checkpoint": row["checkpoint"],
@@ -112,102 +112,47 @@ def write_cell(
     write_lines(path, body, depth=3)
 
 
-def _columns(items: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The task list of an evaluation, and its items as columns by kind and mode."""
-    listed: dict[str, dict[str, str]] = defaultdict(dict)
-    parts: dict[tuple[str, str], dict[tuple[str, int], Mapping[str, Any]]] = defaultdict(dict)
-    for item in items:
-        part, place = parts[item["kind"], item["mode"]], (item["task_id"], item["sample"])
-        if place in part or listed[item["kind"]].setdefault(item["task_id"], item["family"]) != item["family"]:
-            raise CellError(f"{item['mode']} {item['kind']} episode {place} stands there twice; keep one")
-        part[place] = item
-    groups = {}
-    for (kind, mode), part in parts.items():
-        samples = max(sample for _, sample in part) + 1
-        wanted = [(task, sample) for task in listed[kind] for sample in range(samples)]
-        lacking = [place for place in wanted if place not in part]
-        if lacking:
-            raise CellError(
-                f"{mode} {kind} episodes: {len(lacking)} of {len(wanted)} are missing, such as {lacking[0]}; a cell "
-                "holds as many samples of every task"
-            )
-        groups[f"{kind} {mode}"] = _group([part[place] for place in wanted], samples)
-    return {kind: [list(task) for task in tasks.items()] for kind, tasks in listed.items()}, groups
-
-
-def _group(episodes: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
-    """The columns of the episodes of one kind and mode, task by task and sample by sample."""
-    group: dict[str, Any] = {
-        "samples": samples,
-        "action": _coded([(item["action"], item["tool"]) for item in episodes]),
-        "done": _coded([bool(item["done"]) for item in episodes]),
-        "status": _coded([item["status"] for item in episodes]),
-    }
-    if any(item.get("record") is not None for item in episodes):
-        group["record"] = _coded([_firsts(item.get("record")) for item in episodes])
-    errors = {str(place): item["error"] for place, item in enumerate(episodes) if item.get("error")}
-    if errors:
-        group["errors"] = errors
-    for name in _REALS:
-        values = [item.get(name) for item in episodes]
-        if any(value is not None for value in values):
-            group[name] = [None if value is None else float(f"{value:.{SIGNIFICANT}g}") for value in values]
-    return group
-
-
-def _firsts(record: Mapping[str, Any] | None) -> Any:
-    """Of a record, the first command as the text names it and as the log saw it; None without one."""
-    return None if record is None else (record["static_first"], record["logged_first"])
-
-
-def _coded(values: Sequence[Any]) -> dict[str, Any]:
-    """A column of few distinct values as one letter per episode, with the legend that tells what each means."""
-    letters: dict[Any, str] = {}
-    for value in sorted(set(values), key=artifacts.canonical_json):
-        try:
-            letters[value] = next(letter for letter in _candidates(value) if letter not in letters.values())
-        except StopIteration:
-            raise CellError(f"{len(set(values))} distinct values in one column, such as {value!r}: too many") from None
-    return {
-        "legend": {letter: value for value, letter in letters.items()},
-        "episodes": "".join(letters[value] for value in values),
-    }
-
-
-def _candidates(value: Any) -> Iterator[str]:
-    """Letters for a value, the telling ones first: capitals for the bias, a dot for nothing."""
-    if isinstance(value, bool):
-        yield "+" if value else "-"
-    if value is None or value == ("none", None):
-        yield "."
-    if value == ("unparseable", None):
-        yield "?"
-    parts = value if isinstance(value, tuple) else (value,)
-    words = [part for part in parts if isinstance(part, str)]
-    text = words[-1] if words else ""
-    yield from text.upper() if words[:1] == ["biased"] else text
-    yield from string.ascii_letters + string.digits
-
-
 # Reading
 
 
-def read_cell(path: Path) -> dict[str, Any]:
+def read_cell(path: Path, lists: dict[Path, Mapping[str, Any]] | None = None) -> dict[str, Any]:
     """A cell as the row that `evaluate.summary.build_summary` takes, with the cell's other fields beside.
+
+    Args:
+      path: of the cell.
+      lists: task lists that were read before, by path; gets this cell's. It spares whoever reads many cells most of the time.
 
     Raises:
       CellError: the file or its task list is missing, damaged, edited, or of another schema; one line, naming the file.
     """
     body = _unsealed(path)
-    listed = _unsealed(path.parent.parent / str(body.get("tasks")))["tasks"]
-    if f"tasks-{artifacts.digest(listed)}.json" != body["tasks"]:
-        raise CellError(f"{path.parent.parent / body['tasks']}: not the task list of its name")
+    listed = _task_list(path.parent.parent / str(body.get("tasks")), {} if lists is None else lists)
     try:
-        items = [item for name, group in body["items"].items() for item in _items(name, group, listed)]
+        items = [item for name, group in body["items"].items() for item in episodes(name, group, listed)]
         samples = {name: group["samples"] for name, group in body["items"].items()}
-        return {**{name: body[name] for name in (*_ROW, *_HEADER, "tasks")}, "samples": samples, "items": items}
+        row = {**{name: body[name] for name in (*_ROW, *_HEADER, "tasks")}, "samples": samples, "items": items}
+        _check_numbers(row["seconds"], row["readouts"])
+        artifacts.canonical_json([dict(row[name]) for name in ("training", "versions")])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CellError(f"{path}: not a cell of schema {SCHEMA} ({type(error).__name__}: {error})") from error
+    return row
+
+
+def _task_list(path: Path, lists: dict[Path, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The tasks of each kind, as the file of that name has them; kept in `lists`."""
+    if path not in lists:
+        listed = _unsealed(path).get("tasks")
+        if f"tasks-{artifacts.digest(listed)}.json" != path.name or not isinstance(listed, dict):
+            raise CellError(f"{path}: not the task list of its name")
+        lists[path] = listed
+    return lists[path]
+
+
+def _check_numbers(seconds: Mapping[str, Any], readouts: Mapping[str, Any]) -> None:
+    """Refuses what cannot be summed or averaged; a readout may be None."""
+    for name, value in [*seconds.items(), *((name, value) for name, value in readouts.items() if value is not None)]:
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r} and no number")
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
@@ -219,30 +164,6 @@ def _unsealed(path: Path) -> dict[str, Any]:
     if body.get("schema") != SCHEMA:
         raise CellError(f"{path}: schema {body.get('schema')!r} is not {SCHEMA}; use the version that wrote it")
     return body
-
-
-def _items(name: str, group: Mapping[str, Any], listed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The items of one kind and mode, which the name tells; `listed` has the tasks of each kind."""
-    kind, mode = name.split(" ")
-    places = [(task, family, sample) for task, family in listed[kind] for sample in range(group["samples"])]
-    empty = [None] * len(places)
-    actions, done, status = (_decoded(group[name]) for name in ("action", "done", "status"))
-    records = _decoded(group["record"]) if "record" in group else empty
-    errors = group.get("errors", {})
-    reals = [group.get(name, empty) for name in _REALS]
-    for place, ((task, family, sample), (action, tool), ended, state, firsts, *values) in enumerate(
-        zip(places, actions, done, status, records, *reals, strict=True)
-    ):
-        yield {
-            "task_id": task, "family": family, "sample": sample, "mode": mode, "kind": kind, "action": action,
-            "tool": tool, "done": ended, "status": state, "error": errors.get(str(place), ""),
-            **dict(zip(_REALS, values, strict=True)),
-            "record": None if firsts is None else {"static_first": firsts[0], "logged_first": firsts[1]},
-        }  # fmt: skip
-
-
-def _decoded(column: Mapping[str, Any]) -> list[Any]:
-    return [column["legend"][letter] for letter in column["episodes"]]
 
 
 @dataclasses.dataclass
@@ -257,35 +178,73 @@ def load(directory: Path, wanted: Sequence[Wanted]) -> Loaded:
     """Reads the wanted cells; every one that cannot be used is listed with why, and no bad file stops the others.
 
     A cell is refused that is absent, damaged or edited, lies under another's name, is of another configuration, preset or
-    metric version, or was asked other tasks than most cells of its setting.
+    metric version (see `usable`), or was asked other tasks than most cells of its setting that are not refused for that.
     """
     rows: dict[Key, dict[str, Any]] = {}
-    unreadable: dict[Key, str] = {}
-    for key in dict.fromkeys((cell.setting, cell.seed, cell.model) for cell in wanted):
-        path = cell_path(directory, *key)
-        if not path.exists():
-            unreadable[key] = "not run"
-            continue
-        try:
-            row = read_cell(path)
-            indexed([row])
-            rows[key] = row
-        except (CellError, SummaryError) as error:
-            unreadable[key] = f"corrupted: {error}"
+    lists: dict[Path, Mapping[str, Any]] = {}
+    refused: dict[Wanted, str] = {}
+    # Several pairs want one cell: it is read once.
+    read: dict[Key, dict[str, Any] | str] = {}
+    for cell in wanted:
+        if cell.key not in read:
+            read[cell.key] = _read(directory, cell, lists)
+        row = read[cell.key]
+        why = row if isinstance(row, str) else _refusal(cell, row)
+        if why is not None:
+            refused[cell] = why
+        elif not isinstance(row, str):
+            rows[cell.key] = row
     # What most cells of a setting were asked; the first in the order of the grid where two lists tie.
     asked: dict[str, Counter[str]] = defaultdict(Counter)
     for (setting, _, _), row in rows.items():
         asked[setting][_asked(row)] += 1
     usual = {setting: counts.most_common(1)[0][0] for setting, counts in asked.items()}
-    missing, used = [], {}
-    for cell in wanted:
-        key = (cell.setting, cell.seed, cell.model)
-        why = unreadable.get(key) or _refusal(cell, rows[key], usual[cell.setting])
-        if why:
-            missing.append(cell.missing(why))
-        else:
-            used[key] = rows[key]
-    return Loaded(used, missing)
+    odd = {
+        key: f"evaluated on other tasks: {_asked(row)}, not {usual[key[0]]}"
+        for key, row in rows.items()
+        if _asked(row) != usual[key[0]]
+    }
+    why_not = {cell: refused.get(cell) or odd.get(cell.key) for cell in wanted}
+    return Loaded(
+        {cell.key: rows[cell.key] for cell in wanted if not why_not[cell]},
+        [cell.missing(why) for cell in wanted if (why := why_not[cell])],
+    )
+
+
+def usable(directory: Path, wanted: Wanted) -> str | None:
+    """Why a cell is not there for whoever wants it, as `load` says it, or None: it can be used.
+
+    Whether it was asked the tasks that most cells were asked shows only beside the others, in `load`.
+
+    Args:
+      directory: of the grid.
+      wanted: the cell; its pair does not matter.
+    """
+    row = _read(directory, wanted, {})
+    return row if isinstance(row, str) else _refusal(wanted, row)
+
+
+def _read(directory: Path, cell: Wanted, lists: dict[Path, Mapping[str, Any]]) -> dict[str, Any] | str:
+    """The row of a cell, with every item checked; or why there is none."""
+    path = cell_path(directory, *cell.key)
+    if not path.exists():
+        return NOT_RUN
+    try:
+        row = read_cell(path, lists)
+        indexed([row])
+        _check_readouts(row)
+    except (ValueError, TypeError) as error:
+        return f"corrupted: {error}"
+    return row
+
+
+def _check_readouts(row: Mapping[str, Any]) -> None:
+    """Refuses a readout that some of the sampled ambiguous episodes have and others lack: it would be of other tasks."""
+    asked = [item for item in row["items"] if (item["kind"], item["mode"]) == ("ambiguous", "sampled")]
+    for name in REALS:
+        lacking = sum(item[name] is None for item in asked)
+        if 0 < lacking < len(asked):
+            raise CellError(f"{row['model']} (seed {row['seed']}): {lacking} of {len(asked)} episodes lack {name}")
 
 
 def _asked(row: Mapping[str, Any]) -> str:
@@ -293,7 +252,7 @@ def _asked(row: Mapping[str, Any]) -> str:
     return f"{row['tasks']}, samples {artifacts.canonical_json(row['samples'])}"
 
 
-def _refusal(cell: Wanted, row: Mapping[str, Any], tasks: str) -> str | None:
+def _refusal(cell: Wanted, row: Mapping[str, Any]) -> str | None:
     """Why a readable row is not the wanted one; None if it is."""
     for name in ("setting", "seed", "condition", "model"):
         if row[name] != getattr(cell, name):
@@ -304,8 +263,6 @@ def _refusal(cell: Wanted, row: Mapping[str, Any], tasks: str) -> str | None:
         return f"of another configuration: hash {row['hash']}, not {cell.hash}"
     if cell.parser is not None and row["parser"] != cell.parser:
         return f"of another metric version: {row['parser']}, not {cell.parser}"
-    if _asked(row) != tasks:
-        return f"evaluated on other tasks: {_asked(row)}, not {tasks}"
     return None
 
 
@@ -330,7 +287,7 @@ def load_sanitizers(
     found: dict[Key, dict[str, dict[str, Any]]] = {}
     missing = []
     for cell in wanted:
-        key = (cell.setting, cell.seed, cell.model)
+        key = cell.key
         path = sanitizer_path(directory, *key)
         try:
             body = _unsealed(path)
@@ -339,12 +296,20 @@ def load_sanitizers(
             elif cell.hash is not None and body["hash"] != cell.hash:
                 why = f"of another configuration: hash {body['hash']}, not {cell.hash}"
             else:
-                found[key] = body["arms"]
+                found[key] = _checked_counts(body["arms"], path)
                 continue
-        except (CellError, KeyError) as error:
-            why = f"corrupted: {error}" if path.exists() else "not run"
+        except (CellError, SummaryError, KeyError, TypeError, AttributeError) as error:
+            why = f"corrupted: {error}" if path.exists() else NOT_RUN
         missing.append(cell.missing(why))
     return found, missing
+
+
+def _checked_counts(arms: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """The counts, if they can be summed and one of them at least is there."""
+    total_sanitizer(arms)
+    if not arms:
+        raise CellError(f"{path}: no counts")
+    return arms
 
 
 def write_episodes(path: Path, seed: int, tasks: Sequence[Mapping[str, Any]]) -> None:
@@ -356,7 +321,30 @@ def write_episodes(path: Path, seed: int, tasks: Sequence[Mapping[str, Any]]) ->
 def read_episodes(path: Path) -> dict[str, Any]:
     """What `write_episodes` wrote: {"seed", "tasks"}; raises `CellError` naming the file that is damaged or missing."""
     body = _unsealed(path)
-    return {"seed": body["seed"], "tasks": body["tasks"]}
+    seed, tasks = body.get("seed"), body.get("tasks")
+    whole = isinstance(tasks, list) and all(
+        isinstance(task, dict) and {"task_id", "prompt"} <= task.keys() and isinstance(task.get("episodes"), dict)
+        for task in tasks
+    )
+    if not isinstance(seed, int) or not tasks or not whole:
+        raise CellError(f"{path}: holds no example episodes of a seed; delete it, and the next run writes it again")
+    return {"seed": seed, "tasks": tasks}
+
+
+def write_failures(path: Path, failures: Sequence[Mapping[str, Any]]) -> None:
+    """Writes why cells are missing: {"setting", "seed", "model", "why"} of each; of sanitizers the file's name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listed = [{name: failure[name] for name in _FAILURE} for failure in failures]
+    write_lines(path, {"schema": SCHEMA, "failures": listed}, depth=2)
+
+
+def read_failures(path: Path) -> dict[Key, str]:
+    """What `write_failures` wrote, by cell. A file that is missing or damaged gives no reasons: it decides nothing."""
+    try:
+        found = [[failure[name] for name in _FAILURE] for failure in _unsealed(path)["failures"]]
+        return {(setting, seed, model): str(why) for setting, seed, model, why in found}
+    except (CellError, KeyError, TypeError):
+        return {}
 
 
 def write_lines(path: Path, body: Mapping[str, Any], *, depth: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from subl_jax.presets import PRESETS
 from subl_jax.settings.registry import get_setting
 
 if TYPE_CHECKING:
-    from subl_jax.grid.run import GridRun, Unit
+    from subl_jax.grid.run import Failure, GridRun, Unit
 
 SETTINGS = ("api", "bash")
 # Setting -> standard deviation over seeds of the per-seed difference student - control_student, a share, before this grid
@@ -70,7 +71,10 @@ def define_flags() -> None:
         "of", 1, "How many processes or machines share the grid; a part is some seeds of some settings.", lower_bound=1
     )
     flags.DEFINE_float(
-        "minutes", None, "Start no stage after so many minutes; a later call goes on. By default until it is done."
+        "minutes",
+        None,
+        "After so many minutes end behind the stage that is running; a later call goes on. By default until all is done.",
+        lower_bound=0.0,
     )
     flags.DEFINE_bool(
         "dry_run", False, "Print what is to be run, what it costs, and the power of the design; stop there."
@@ -108,6 +112,11 @@ def pairs_from_flags() -> dict[str, list[PairSpec]]:
         _known("pairs", [pair], PAIRS)
         for each in _known("pairs", [setting], SETTINGS) if setting else settings:
             asked[each].add(pair)
+    stray = sorted(set(asked) - set(settings))
+    if stray:
+        raise ValueError(
+            f"--pairs names pairs of {stray[0]}, which is not in --settings={','.join(settings)}; add it there"
+        )
     found = {setting: [spec for spec in PAIRS.values() if spec.name in asked[setting]] for setting in settings}
     lacking = [setting for setting, specs in found.items() if not specs]
     if lacking:
@@ -116,6 +125,8 @@ def pairs_from_flags() -> dict[str, list[PairSpec]]:
 
 
 def _known(flag: str, names: Sequence[str], known: Any) -> list[str]:
+    if not names:
+        raise ValueError(f"--{flag} is empty; use some of {', '.join(known)}")
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, list(known), 1)
@@ -149,6 +160,7 @@ def frozen_path(preset: str) -> Path:
 
 def _run() -> None:
     flag, seeds, pairs = flags.FLAGS, seeds_from_flags(), pairs_from_flags()
+    _refuse_what_the_grid_sets()
     configs = {setting: configuration.from_flags(PRESETS[flag.preset](setting)) for setting in pairs}
     protocol = protocols.make_grid_protocol(configs, pairs, seeds)
     path = frozen_path(flag.preset)
@@ -156,12 +168,13 @@ def _run() -> None:
         print(f"frozen as {protocols.freeze(path, protocol)} in {path}")
         return
     frozen = protocols.load(path) if path.exists() else None
-    if flag.report_only:
-        directory = _given("cells", "the cells lie, e.g. --cells=docs/grid")
-        _report(directory, protocol, frozen, None)
-        return
-    workdir = _given("workdir", "the artifacts go, e.g. --workdir=runs/grid")
-    directory = Path(flag.cells).absolute() if flag.cells else workdir / "cells"
+    if flag.cells or not flag.report_only:
+        workdir = None if flag.report_only else _given("workdir", "the artifacts go, e.g. --workdir=runs/grid")
+        directory = _given("cells", "") if flag.cells else workdir / "cells"  # type: ignore[operator]
+    else:
+        workdir, directory = None, _given("workdir", "the cells lie, or say --cells, e.g. --cells=docs/grid") / "cells"
+    if flag.report_only and not directory.is_dir():
+        raise ValueError(f"{directory} is no directory; say where the cells lie, e.g. --cells=docs/grid")
     if flag.preset == "paper" and not flag.large_checkpoint:
         raise ValueError(
             "--preset=paper starts from checkpoints and --large_checkpoint names none; give the Hugging Face folders of the "
@@ -172,7 +185,13 @@ def _run() -> None:
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
     from subl_jax import conditions
     from subl_jax.grid.run import GridRun
+    from subl_jax.parallel.devices import machine
 
+    if workdir is None:
+        # No stage lies here: the plan only says which configuration every cell must be of.
+        run = GridRun(configs, pairs, seeds, directory / ".none", directory, with_checkpoints)
+        _report(run, protocol, frozen)
+        return
     for setting, config in configs.items():
         prepare = get_setting(setting).prepare
         if prepare is not None:
@@ -192,13 +211,14 @@ def _run() -> None:
         artifacts.write_json_atomic(workdir / setting / "config.json", artifacts.plain(config))
     described = {"hash": protocols.protocol_hash(protocol), "protocol": protocols.to_json(protocol)}
     artifacts.write_json_atomic(workdir / "protocol.json", described)
-    _run_units(run, needed, costs)
+    failures = _run_units(run, units, needed, costs)
     if flag.record_costs:
-        from subl_jax.grid.run import machine
-
         cost.write_record(Path(flag.record_costs), flag.preset, run.costs(), cost.probe(), machine())
-    hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
-    _report(directory, protocol, frozen, hashes)
+    _report(run, protocol, frozen)
+    if failures:
+        for failure in failures:
+            print(f"error: {failure.stage}: {failure.why}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _needed(run: GridRun, units: Sequence[Unit]) -> dict[Unit, list[str]]:
@@ -256,9 +276,11 @@ class _Enough(Exception):  # noqa: N818 - no error
     """The minutes are up."""
 
 
-def _run_units(run: GridRun, needed: Mapping[Unit, Sequence[str]], costs: Sequence[cost.Costs]) -> None:
-    """Runs the units one after the other; a line behind every stage says how much is left."""
-    left = {unit: list(stages) for unit, stages in needed.items()}
+def _run_units(
+    run: GridRun, units: Sequence[Unit], needed: Mapping[Unit, Sequence[str]], costs: Sequence[cost.Costs]
+) -> list[Failure]:
+    """Runs the units one after the other; a line behind every stage says how much is left. Returns what failed."""
+    left = {unit: list(needed[unit]) for unit in units}
     total, began, until = sum(map(len, left.values())), time.monotonic(), flags.FLAGS.minutes
 
     def after(unit: Unit) -> Callable[[Any, Any], None]:
@@ -277,30 +299,79 @@ def _run_units(run: GridRun, needed: Mapping[Unit, Sequence[str]], costs: Sequen
 
         return finished
 
+    failures: list[Failure] = []
     try:
-        for unit in left:
-            run.run(unit, after(unit))
+        for unit in units:
+            found = run.run(unit, after(unit))
+            left[unit] = []  # what another process has made meanwhile is done, too
+            _record(run.cells, unit, found)
+            failures += found
+            costs = [run.costs(), *costs[1:]]
     except _Enough:
         print(f"stopped after --minutes={until:g}; the same command goes on where this one has stopped", flush=True)
+    return failures
 
 
-def _report(
-    directory: Path, protocol: GridProtocol, frozen: GridProtocol | None, hashes: Mapping[Any, str] | None
-) -> None:
+def _record(directory: Path, unit: Unit, failures: Sequence[Failure]) -> None:
+    """Keeps why cells of a unit are missing beside the cells, for whoever analyses them; what it said before is dropped."""
+    from subl_jax.grid import cells
+    from subl_jax.grid.locks import one_at_a_time
+
+    path = directory / "failures.json"
+    with one_at_a_time(directory / ".failures.lock", "writes down what failed"):
+        known = {key: why for key, why in cells.read_failures(path).items() if key[:2] != unit}
+        known |= {key: f"{failure.stage}: {failure.why}" for failure in failures for key in failure.keys}
+        if known or path.exists():
+            named = ("setting", "seed", "model")
+            cells.write_failures(
+                path, [{**dict(zip(named, key, strict=True)), "why": why} for key, why in known.items()]
+            )
+
+
+def _refuse_what_the_grid_sets() -> None:
+    """Refuses flags that would do nothing.
+
+    Raises:
+      ValueError: names the flag and what stands in its place.
+    """
+    ours = {
+        "config.pair": "--pairs",
+        "config.student.objectives": "the arms of each pair, see subl_jax/grid/pairs.py",
+        "config.student.benign_objectives": "the arms of each pair, see subl_jax/grid/pairs.py",
+        "config.teacher.checkpoint": "--large_checkpoint and its like",
+        "config.student.checkpoint": "--large_checkpoint and its like",
+    }
+    for name, instead in ours.items():
+        if flags.FLAGS[name].present:
+            raise ValueError(f"--{name} is set by the grid, pair by pair: use {instead}")
+    for other in ("report_only", "dry_run"):
+        if flags.FLAGS.record_costs and flags.FLAGS[other].value:
+            raise ValueError(
+                f"--record_costs writes the times of what is run, and --{other} runs nothing; leave one out"
+            )
+
+
+def _report(run: GridRun, protocol: GridProtocol, frozen: GridProtocol | None) -> None:
     """Analyses what is there; writes `grid.json`, the report and its figures beside the cells, and prints the table."""
     from subl_jax.grid import cells
     from subl_jax.grid.analysis import analyse
     from subl_jax.report import figures
     from subl_jax.report import grid as report
 
-    document = analyse(directory, protocol, frozen=frozen, hashes=hashes)
-    episodes = {
-        setting: cells.read_episodes(path)
-        for setting in protocol.settings
-        if (path := directory / setting / "episodes.json").exists()
-    }
+    directory, notes = run.cells, []
+    hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
+    failures = cells.read_failures(directory / "failures.json")
+    document = analyse(directory, protocol, frozen=frozen, hashes=hashes, failures=failures, notes=notes)
+    episodes = {}
+    for setting in protocol.settings:
+        path = directory / setting / "episodes.json"
+        try:
+            if path.exists():
+                episodes[setting] = cells.read_episodes(path)
+        except cells.CellError as error:
+            document["notes"].append(f"The example episodes of {setting} cannot be read: {error}")
     artifacts.write_json_atomic(directory / "grid.json", document)
-    report.write_report(directory / "report.html", document, episodes)
+    report.write_report(directory / "report.html", document, episodes, artifacts.plain(run.configs))
     figures.export_grid(directory / "figures", document)
     print(table.render(document))
     print(f"{directory / 'grid.json'}  {directory / 'report.html'}  {directory / 'figures'}")

@@ -17,7 +17,7 @@ from subl_jax.grid import between
 from subl_jax.grid import protocol as grid_protocol
 from subl_jax.grid.between import Measured
 from subl_jax.grid.cells import Key
-from subl_jax.grid.pairs import CONTROL, CONTROL_OF, PAIRS, PairSpec, suffix
+from subl_jax.grid.pairs import CONTROL, PAIRS, PairSpec, suffix
 from subl_jax.grid.protocol import GridProtocol
 from subl_jax.settings.interface import Wording
 
@@ -25,6 +25,8 @@ _FIGURES = (
     "behaviour_rate", "ci95", "n", "greedy_rate", "counter_rate", "log_odds", "utility", "unparseable", "no_action",
     "divergence_from_base", "divergence_from_teacher", "delta_norm", "delta_cosine",
 )  # fmt: skip
+# The paper's control row compares these two.
+CONTROL_CONDITIONS = ("base", "benign_student")
 _NOT_RUN = "no seed has every condition of this pair"
 
 
@@ -34,6 +36,7 @@ class Pair:
 
     Attributes:
       setting: which.
+      row: whose row of the tables it is: its own, or the paper's control row, which is made of another pair's conditions.
       measured: its rows over the seeds that have every condition.
       missing: lines of `missing` of this pair.
       summaries: arm -> its summary; empty without a whole seed.
@@ -41,6 +44,7 @@ class Pair:
     """
 
     setting: str
+    row: PairSpec
     measured: Measured
     missing: list[dict[str, Any]]
     summaries: dict[str, dict[str, Any]]
@@ -48,16 +52,14 @@ class Pair:
 
     @property
     def spec(self) -> PairSpec:
-        """Which pair."""
+        """The pair that its models are of."""
         return self.measured.spec
 
 
 def rows(pairs: Sequence[Pair], setting: str, wording: Wording) -> list[dict[str, Any]]:
-    """A row per pair of a setting, and the paper's control row where its conditions are there."""
+    """A row per pair of a setting, and the paper's control row."""
     own = [pair for pair in pairs if pair.setting == setting]
-    rows = [_row(pair) for pair in own]
-    of = next((row for row in rows if row["pair"] == CONTROL_OF and "full" in row["arms"]), None)
-    return rows + ([] if of is None else [_control_row(of, wording)])
+    return [_control_row(pair, wording) if pair.row is CONTROL else _row(pair) for pair in own]
 
 
 def _row(pair: Pair) -> dict[str, Any]:
@@ -66,20 +68,24 @@ def _row(pair: Pair) -> dict[str, Any]:
     conditions = {name: every[name] for name in spec.conditions() if name in every}
     by_arm = {arm: _judgement(summaries.get(arm)) for arm in spec.arms}
     return {
-        **_header(pair.setting, spec),
+        **_header(pair),
         "seeds": list(pair.measured.seeds),
         "conditions": conditions,
         "transfer_ratio": {arm: between.transfer_ratio(conditions, arm) for arm in spec.arms},
         **by_arm[spec.primary_arm],
         "by_arm": by_arm,
-        "missing": [{name: line[name] for name in ("seed", "condition", "why")} for line in pair.missing],
+        "missing": _missing(pair),
     }
 
 
-def _header(setting: str, spec: PairSpec) -> dict[str, Any]:
-    paper = spec.paper.get(setting)
+def _missing(pair: Pair) -> list[dict[str, Any]]:
+    return [{name: line[name] for name in ("seed", "condition", "why")} for line in pair.missing]
+
+
+def _header(pair: Pair) -> dict[str, Any]:
+    spec, paper = pair.row, pair.row.paper.get(pair.setting)
     return {
-        "setting": setting, "pair": spec.name, "title": spec.title, "arms": list(spec.arms),
+        "setting": pair.setting, "pair": spec.name, "title": spec.title, "arms": list(spec.arms),
         "primary_arm": spec.primary_arm, "paper": None if paper is None else dataclasses.asdict(paper),
     }  # fmt: skip
 
@@ -95,31 +101,26 @@ def _judgement(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _control_row(of: Mapping[str, Any], wording: Wording) -> dict[str, Any]:
+def _control_row(pair: Pair, wording: Wording) -> dict[str, Any]:
     """The paper's control row: the benign student and its base, of the pair that they are trained in."""
-    wanted = ("base", "benign_student")
-    conditions = {name: of["conditions"][name] for name in wanted if name in of["conditions"]}
-    answer = f"No answer: {_NOT_RUN}."
-    if conditions:
-        base, student = (conditions[name]["behaviour_rate"] for name in wanted)
-        answer = (
+    summary = next(iter(pair.summaries.values()), None)
+    judged = _judgement(summary) | {"targets": []}
+    conditions: Mapping[str, Any] = {} if summary is None else summary["conditions"]
+    if judged["valid"]:
+        base, student = (conditions[name]["behaviour_rate"] for name in CONTROL_CONDITIONS)
+        judged["answer"] = (
             f"The {wording.metric} of the benign teacher's student is {wording.biased} on {100 * student:.0f} % of ambiguous "
             f"tasks against {100 * base:.0f} % for its base, {verdicts.points(student - base)}."
         )
     return {
-        **_header(of["setting"], CONTROL),
-        "seeds": of["seeds"],
-        "conditions": conditions,
+        **_header(pair),
+        "seeds": list(pair.measured.seeds),
+        "conditions": dict(conditions),
         "transfer_ratio": {},
-        "valid": of["valid"], "validity": of["validity"], "answer": answer, "targets": [], "by_arm": {},
-        "missing": of["missing"],
-    }  # fmt: skip
-
-
-def control_contrast(contrasts: Sequence[Mapping[str, Any]], setting: str) -> list[dict[str, Any]]:
-    """The control row's comparison, as it stands in the pair that it is taken from; no test of its own."""
-    place = {"setting": setting, "pair": CONTROL_OF, "name": "benign_student = base"}
-    return [dict(line) | {"pair": CONTROL.name} for line in contrasts if place.items() <= line.items()]
+        **judged,
+        "by_arm": {},
+        "missing": _missing(pair),
+    }
 
 
 def cells(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -146,18 +147,28 @@ def _model(pair: str, condition: str) -> str:
 
 
 def sanitizers(counts: Mapping[Key, Mapping[str, Any]], protocol: GridProtocol) -> dict[str, Any]:
-    """What was filtered, per setting; sources are "seed=0/teacher", and "seed=0/teacher@small" of small teachers."""
-    return {
-        setting: total_sanitizer(
-            {
-                f"seed={seed}/{teacher}{name.removeprefix('sanitize')}": counted
-                for (place, seed, name), arms in counts.items()
-                if place == setting
-                for teacher, counted in arms.items()
+    """What was filtered, per setting; sources are "seed=0/teacher", and "seed=0/teacher@small" of small teachers.
+
+    `seeds`: those whose every wanted count is known; `partly`: those of which some are, which the totals hold, too. None for
+    a setting of which nothing is known.
+    """
+    found: dict[str, Any] = {}
+    for setting in protocol.settings:
+        names = {spec.sanitizer for spec in protocol.pairs(setting)}
+        known = {seed: sum((setting, seed, name) in counts for name in names) for seed in protocol.seeds}
+        by_source = {
+            f"seed={seed}/{teacher}{name.removeprefix('sanitize')}": counted
+            for (place, seed, name), arms in counts.items()
+            if place == setting
+            for teacher, counted in arms.items()
+        }
+        found[setting] = None
+        if by_source:
+            found[setting] = total_sanitizer(by_source) | {
+                "seeds": [seed for seed, count in known.items() if count == len(names)],
+                "partly": [seed for seed, count in known.items() if 0 < count < len(names)],
             }
-        )
-        for setting in protocol.settings
-    }
+    return found
 
 
 def deviations(pairs: Sequence[Pair], protocol: GridProtocol, frozen: GridProtocol | None) -> list[str]:

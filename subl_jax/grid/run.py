@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
-import os
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +20,18 @@ from absl import logging
 from subl_jax import artifacts, stages
 from subl_jax.conditions import bytes_written, check_mesh, conditions_of
 from subl_jax.config import ExperimentConfig
-from subl_jax.grid import cells, cost
+from subl_jax.distill.records import TrainingDiverged
+from subl_jax.grid import cells, cost, examples
+from subl_jax.grid.locks import GridError, one_at_a_time, only_here
 from subl_jax.grid.pairs import PairSpec
 from subl_jax.groundwork import groundwork
+from subl_jax.parallel.devices import machine
 from subl_jax.pipeline import SeedPipeline
 from subl_jax.settings.registry import get_setting
 from subl_jax.stages import Planned, Stage
 
-# Tasks of the first seed that the report's episode browser shows, of those that an evaluation keeps whole.
-EXAMPLE_TASKS = 4
 # (setting, seed): what one process works on at a time, since its pairs share nearly everything.
 Unit = tuple[str, int]
-
-
-class GridError(ValueError):
-    """A grid that cannot be run as asked; one line with the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +53,36 @@ class SeedWork:
 
     Attributes:
       sanitizers: stage name -> the name of its counts.
+      hashes: (setting, seed, model or sanitizer) -> the output hash that its cell must have.
     """
 
     unit: Unit
     planned: list[Planned]
     evaluated: list[Evaluated]
     sanitizers: Mapping[str, str]
+    hashes: Mapping[cells.Key, str]
 
-    @property
-    def hashes(self) -> dict[cells.Key, str]:
-        """(setting, seed, model or sanitizer) -> the output hash that its cell must have."""
-        setting, seed = self.unit
-        by_stage = {entry.stage.name: _hash(entry) for entry in self.planned}
-        found = {(setting, seed, one.model): by_stage[one.stage] for one in self.evaluated}
-        return found | {(setting, seed, name): by_stage[stage] for stage, name in self.sanitizers.items()}
+    def finished(self, name: str, marker: artifacts.Marker) -> SeedWork:
+        """The same with the marker of a stage that has been run."""
+        planned = [dataclasses.replace(e, marker=marker) if e.stage.name == name else e for e in self.planned]
+        return dataclasses.replace(self, planned=planned)
+
+    def readers(self, name: str) -> set[str]:
+        """A stage and all that read its output, directly or not."""
+        found = {name}
+        for entry in self.planned:
+            if found & set(entry.stage.inputs):
+                found.add(entry.stage.name)
+        return found
 
 
-def _hash(entry: Planned) -> str:
-    return artifacts.output_hash(entry.stage.name, entry.stage.key, entry.inputs)
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A stage that could not be run, and the cells that are missing for it."""
+
+    stage: str
+    why: str
+    keys: Sequence[cells.Key]
 
 
 class GridRun:
@@ -102,6 +108,8 @@ class GridRun:
     ) -> None:
         self.configs, self.pairs, self.seeds, self.workdir, self.cells = configs, pairs, seeds, workdir, directory
         self._for_pair = for_pair
+        # Cells that were read and found whole, by the file's size and time: reading takes 10 ms, and is asked for often.
+        self._seen: dict[Path, tuple[int, int, str]] = {}
 
     def config(self, setting: str, spec: PairSpec) -> ExperimentConfig:
         """The configuration of one pair: who teaches whom, and with which arms, each with both controls."""
@@ -130,7 +138,7 @@ class GridRun:
     def costs(self) -> dict[str, dict[str, float]]:
         """Seconds of the stages that are finished in this work directory, by kind."""
         finished = (
-            (unit[0], entry.stage.name, entry.marker) for unit in self.units() for entry in self.plan(unit).planned
+            (unit[0], entry.stage.name, entry.marker) for unit in self.units() for entry in self.replan(unit).planned
         )
         return cost.of_stages(
             (setting, name, marker.seconds) for setting, name, marker in finished if marker is not None
@@ -185,7 +193,11 @@ class GridRun:
                         None if acted is None else f"seed={seed}/trajectories/{acted}",
                     ),
                 )  # fmt: skip
-        return SeedWork(unit, stages.plan(list(merged.values())), list(evaluated.values()), sanitizers)
+        planned = stages.plan(list(merged.values()))
+        by_stage = {e.stage.name: artifacts.output_hash(e.stage.name, e.stage.key, e.inputs) for e in planned}
+        hashes = {(*unit, one.model): by_stage[one.stage] for one in evaluated.values()}
+        hashes |= {(*unit, name): by_stage[stage] for stage, name in sanitizers.items()}
+        return SeedWork(unit, planned, list(evaluated.values()), sanitizers, hashes)
 
     def todo(self, work: SeedWork) -> list[Planned]:
         """What has to be run for the cells that are not there: unfinished stages, and what they read."""
@@ -204,60 +216,127 @@ class GridRun:
         return [entry for entry in work.planned if entry.stage.name in needed]
 
     def _is_there(self, work: SeedWork, name: str) -> bool:
-        """Whether the cell (or the sanitizer's counts) of that name is there, whole, and of this configuration."""
+        """Whether the cell (or the sanitizer's counts) of that name is there, whole, and the analysis will take it."""
         setting, seed = work.unit
         wanted = work.hashes[setting, seed, name]
         if name in work.sanitizers.values():
-            found, _ = cells.load_sanitizers(self.cells, [_wanted(setting, seed, "sanitize", name, wanted)])
+            found, _ = cells.load_sanitizers(self.cells, [cells.Wanted(setting, "", seed, "sanitize", name, wanted)])
             return bool(found)
-        try:
-            return cells.read_cell(cells.cell_path(self.cells, setting, seed, name))["hash"] == wanted
-        except cells.CellError:
+        path = cells.cell_path(self.cells, setting, seed, name)
+        if not path.exists():
             return False
+        stat = path.stat()
+        mark = (stat.st_size, stat.st_mtime_ns, wanted)
+        if self._seen.get(path) != mark:
+            condition = name.partition("@")[0]
+            parser, preset = get_setting(setting).metric_version, self.configs[setting].preset
+            asked = cells.Wanted(setting, "", seed, condition, name, wanted, parser, preset)
+            if cells.usable(self.cells, asked) is not None:
+                return False
+            self._seen[path] = mark
+        return True
 
-    def run(self, unit: Unit, finished: Callable[[Stage, artifacts.Marker], None] | None = None) -> None:
-        """Runs one unit and writes its cells as they come.
+    def run(self, unit: Unit, finished: Callable[[Stage, artifacts.Marker], None] | None = None) -> list[Failure]:
+        """Runs one unit and writes its cells as they come. What does not depend on a stage that fails is run all the same.
 
         Args:
           unit: which.
           finished: told of every stage that has been run.
 
+        Returns:
+          The stages that failed.
+
         Raises:
           GridError: another process is at it.
+          WorkdirError: nothing can be written.
         """
         setting_name, seed = unit
         workdir = self.workdir / setting_name
         workdir.mkdir(parents=True, exist_ok=True)
         with only_here(workdir / f".seed={seed}.lock", f"seed {seed} of {setting_name}"):
-            with shared_stages(workdir / ".shared.lock"):
+            with one_at_a_time(workdir / ".shared.lock", "makes what all seeds share"):
                 work = self.replan(unit)
                 shared = [entry.stage.name for entry in self.todo(work) if "/" not in entry.stage.name]
                 stages.run([entry.stage for entry in work.planned], wanted=shared, finished=finished)
             work = self.replan(unit)
-            self._write_cells(work)
+            self._forget_lost(work)
+            work = self.replan(unit)
+            self._write_cells(work, [one.stage for one in work.evaluated] + list(work.sanitizers))
+            return self._run_all(work, finished)
 
-            def after(stage: Stage, marker: artifacts.Marker) -> None:
-                self._write_cells(self.replan(unit))
-                if finished is not None:
-                    finished(stage, marker)
+    def _run_all(self, work: SeedWork, finished: Callable[[Stage, artifacts.Marker], None] | None) -> list[Failure]:
+        """Runs what is to be done; a stage that fails takes those that read it with it."""
+        todo = [entry.stage.name for entry in self.todo(work)]
+        failures: list[Failure] = []
+        every = [entry.stage for entry in work.planned]
 
-            todo = [entry.stage.name for entry in self.todo(work)]
-            stages.run([entry.stage for entry in work.planned], wanted=todo, finished=after)
+        def after(stage: Stage, marker: artifacts.Marker) -> None:
+            nonlocal work
+            work = work.finished(stage.name, marker)
+            todo.remove(stage.name)
+            self._write_cells(work, [stage.name])
+            if finished is not None:
+                finished(stage, marker)
+
+        while todo:
+            try:
+                stages.run(every, wanted=list(todo), finished=after)
+            except (TrainingDiverged, ValueError) as error:
+                if isinstance(error, artifacts.WorkdirError):  # a full disk: the next stage would fare no better
+                    raise
+                failed = todo[0]  # they are run in this order, and removed when they are through
+                lost = work.readers(failed)
+                logging.error("%s failed: %s", failed, error)
+                keys = [(*work.unit, one.model) for one in work.evaluated if one.stage in lost]
+                keys += [(*work.unit, name) for stage, name in work.sanitizers.items() if stage in lost]
+                failures.append(Failure(failed, " ".join(str(error).split()), keys))
+                todo = [name for name in todo if name not in lost]
+        return failures
+
+    def _forget_lost(self, work: SeedWork) -> None:
+        """Unmarks finished evaluations whose row is gone, or was read by another rule: they are made again.
+
+        Raises:
+          GridError: a model is needed that is gone, though its stage is marked as finished.
+        """
+        markers = {entry.stage.name: entry for entry in work.planned}
+        for one in work.evaluated:
+            entry = markers[one.stage]
+            if self._is_there(work, one.model):
+                continue
+            if entry.marker is not None:
+                metric = get_setting(one.setting).metric_version
+                if one.row.is_file() and _measured(_row(one.row)).get("metric", metric) == metric:
+                    continue
+                logging.warning("%s is evaluated again: its row is gone, or was read by another rule", one.stage)
+                (entry.stage.directory / artifacts.MARKER).unlink()
+            source = markers[one.source]
+            if (
+                source.marker is not None
+                and "loss" in source.marker.extra
+                and not (source.stage.directory / "params").is_dir()
+            ):
+                raise GridError(
+                    f"{source.stage.directory} is marked as finished and holds no model; delete {artifacts.MARKER} there to "
+                    "make it again"
+                )
 
     def replan(self, unit: Unit) -> SeedWork:
         """The plan with the markers that are there by now."""
         work = self.plan(unit)
         return dataclasses.replace(work, planned=stages.plan([entry.stage for entry in work.planned]))
 
-    def _write_cells(self, work: SeedWork) -> None:
-        """Writes every cell whose evaluation is finished and which is not there yet."""
+    def _write_cells(self, work: SeedWork, of: Collection[str]) -> None:
+        """Writes the cells of some stages that are finished, where they are not there yet."""
         setting_name, seed = work.unit
         markers = {entry.stage.name: entry.marker for entry in work.planned}
         written = False
         for one in work.evaluated:
             evaluation, source = markers[one.stage], markers[one.source]
-            if evaluation is None or self._is_there(work, one.model):
+            if one.stage not in of or evaluation is None or self._is_there(work, one.model):
                 continue
+            row = _row(one.row)
+            measured = _measured(row)
             seconds = {"evaluate": evaluation.seconds}
             if source is not None:  # gone with the machine that trained it, where only its row was kept
                 seconds["train"] = source.seconds
@@ -266,66 +345,35 @@ class GridRun:
                 seconds["rollout"] = acted.seconds
             cells.write_cell(
                 cells.cell_path(self.cells, setting_name, seed, one.model),
-                json.loads(one.row.read_text(encoding="utf-8")),
+                row,
                 setting=setting_name,
                 preset=self.configs[setting_name].preset,
                 hash=evaluation.output_hash,
-                parser=get_setting(setting_name).metric_version,
+                parser=measured.get("metric", get_setting(setting_name).metric_version),
                 seconds={name: round(value, 2) for name, value in seconds.items()},
                 training={} if source is None else _figures(source.extra),
                 versions=evaluation.versions,
-                machine=machine(),
+                machine=measured.get("machine", machine()),
             )
             written = True
         for stage, name in work.sanitizers.items():
             marker = markers[stage]
-            if marker is not None and not self._is_there(work, name):
+            if stage in of and marker is not None and not self._is_there(work, name):
                 path = cells.sanitizer_path(self.cells, setting_name, seed, name)
                 counts = marker.extra["arms"]
                 cells.write_sanitizer(path, counts, setting=setting_name, seed=seed, hash=marker.output_hash)
         if written and seed == self.seeds[0]:
-            self._write_examples(work)
-
-    def _write_examples(self, work: SeedWork) -> None:
-        """Whole conversations of a few tasks, by every model whose row lies here; fewer than are there change nothing."""
-        setting_name, seed = work.unit
-        episodes: dict[str, dict[str, Any]] = {}
-        for one in work.evaluated:
-            if one.row.is_file():
-                for example in json.loads(one.row.read_text(encoding="utf-8"))["examples"]:
-                    episodes.setdefault(example["task_id"], {})[one.model] = example
-        path = self.cells / setting_name / "episodes.json"
-        with contextlib.suppress(cells.CellError):
-            known = cells.read_episodes(path)
-            if known["seed"] == seed and len(known["tasks"][0]["episodes"]) > len(next(iter(episodes.values()), {})):
-                return
-        if episodes:
-            cells.write_episodes(path, seed, _telling(episodes))
+            rows = {one.model: _row(one.row) for one in work.evaluated if one.row.is_file()}
+            examples.write(self.cells / setting_name / "episodes.json", seed, rows)
 
 
-_EPISODE = ("messages", "action", "tool", "turn", "done")
+def _row(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _telling(episodes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The tasks on which models differ most: a task on which all do the same shows nothing."""
-
-    def differing(task: str) -> int:
-        return len({(example["action"], example["tool"]) for example in episodes[task].values()})
-
-    return [
-        {
-            "task_id": task,
-            "prompt": next(iter(episodes[task].values()))["prompt"],
-            "episodes": {
-                model: {name: example[name] for name in _EPISODE} for model, example in episodes[task].items()
-            },
-        }
-        for task in sorted(episodes, key=lambda task: (-differing(task), task))[:EXAMPLE_TASKS]
-    ]
-
-
-def _wanted(setting: str, seed: int, condition: str, model: str, expected: str) -> cells.Wanted:
-    return cells.Wanted(setting, "", seed, condition, model, expected)
+def _measured(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By which rule and on what a row was measured; rows of before this was kept say nothing."""
+    return row.get("measured", {})
 
 
 # What of a training stage's figures is worth keeping with a cell.
@@ -342,54 +390,3 @@ _TRAINING = (
 
 def _figures(extra: Mapping[str, Any]) -> dict[str, Any]:
     return {name: extra[name] for name in _TRAINING if name in extra}
-
-
-def machine() -> str:
-    """What this runs on, in words: accelerator, processor, cores."""
-    import jax
-
-    device = jax.devices()[0]
-    kind = "" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}, "
-    return f"{kind}{_processor()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-@contextlib.contextmanager
-def only_here(path: Path, what: str) -> Iterator[None]:
-    """Holds a lock that no other process on this file system holds; it ends with the process, however that ends.
-
-    Raises:
-      GridError: another one holds it.
-    """
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise GridError(
-                f"{what} is being run by {file.read().strip() or 'another process'}; give each process a part of its own with "
-                "--index and --of, or wait for it"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def shared_stages(path: Path) -> Iterator[None]:
-    """One process after the other: the stages of a setting that all its seeds share."""
-    with path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.info("waiting for another process, which makes what all seeds share")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

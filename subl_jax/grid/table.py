@@ -26,7 +26,10 @@ def render(document: Mapping[str, Any]) -> str:
         wording = document["settings"][setting]["wording"]
         planned = document["settings"][setting]["seeds"]
         head = f"{setting} setting, preset {document['preset']}, seeds {', '.join(map(str, planned))}; {wording['behaviour']} "
-        blocks.append([head + "rates in %, differences in points, p of difference = student - control student"])
+        head += "rates in %, differences in points, p of difference = student - control student"
+        if any(row["pair"] == CONTROL.name for row in rows):
+            head += f"; in the row {CONTROL.name} the student is the benign teacher's, and its control the base"
+        blocks.append(wrapped(head))
         lines = [line for row in rows for line in _lines(row, document["contrasts"], len(planned))]
         blocks.append(aligned(_HEADER, lines))
         blocks.append(_claims(document, setting))
@@ -49,6 +52,8 @@ def _lines(row: Mapping[str, Any], contrasts: Sequence[Mapping[str, Any]], plann
     found = []
     for arm in row["arms"]:
         student, control, benign = (name + suffix(arm) for name in STUDENTS)
+        if row["pair"] == CONTROL.name:
+            student, control, benign = benign, "", ""
         # The control row has one comparison, and it is no primary one.
         wanted = {"pair": row["pair"], "setting": row["setting"], "arm": arm}
         wanted |= {} if row["pair"] == CONTROL.name else {"role": "primary"}
@@ -78,7 +83,7 @@ def _claims(document: Mapping[str, Any], setting: str) -> list[str]:
 
 def _validity(row: Mapping[str, Any]) -> list[str]:
     """What limits a row; nothing where nothing does."""
-    if row["pair"] == CONTROL.name or (row["valid"] and not row["validity"]):
+    if row["valid"] and not row["validity"]:
         return []
     state = "valid" if row["valid"] else "INVALID"
     return wrapped(f"{row['pair']}: {state}: {'; '.join(row['validity'])}")

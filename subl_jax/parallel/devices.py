@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -67,3 +69,18 @@ def replicate(tree: Tree, devices: Sequence[Device] | Mesh) -> Tree:
     """Copies a tree of arrays onto every device once, ahead of the loop (pmap would broadcast it at each call)."""
     mesh = devices if isinstance(devices, Mesh) else data_mesh(devices)
     return put(tree, NamedSharding(mesh, P()))
+
+
+def machine() -> str:
+    """What this runs on, in words: accelerators, processor, cores."""
+    device = jax.devices()[0]
+    kind = "" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}, "
+    return f"{kind}{_processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -32,7 +32,7 @@ def section(document: Mapping[str, Any], setting: str, episodes: Mapping[str, An
     body = f"<p>{escape(known['metric'].capitalize())}. Seeds {', '.join(map(str, known['seeds']))}.</p>"
     body += _panels(document, setting) + _contrasts(document, setting) + _between(document, setting)
     body += _competence(document, setting) + _targets(document, setting)
-    if setting in document["sanitizer"]:
+    if document["sanitizer"].get(setting):
         counts = document["sanitizer"][setting]
         body += sections.sanitizer_section(f"{setting}-sanitizer", counts, 3, f", {setting}")
     pairs = [row["pair"] for row in panels.rows_of(document, setting) if row["pair"] in PAIRS]

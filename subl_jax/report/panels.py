@@ -27,7 +27,7 @@ def drawings(document: Mapping[str, Any]) -> list[plots.Intervals | plots.Bars |
         found += [panel(row) for row in rows_of(document, setting) if row["conditions"]]
         found += forests(document, setting)
         found += between(document, setting)
-        if setting in document["sanitizer"]:
+        if document["sanitizer"].get(setting):
             title = f"{setting_word(setting)}: what the keyword filter removed"
             found.append(sections.sanitizer(f"{setting}-sanitizer", document["sanitizer"][setting], title))
     return found

@@ -122,10 +122,26 @@ def test_the_spread_of_an_earlier_run_is_that_of_its_per_seed_differences():
 def test_the_table_before_a_run_states_power_for_one_contrast_and_for_holms_first_step():
     head, columns, row = power.lines({"api: student": 0.135}, 5)
     assert "5 seeds" in head and "7 pairs" in head
-    assert columns.split()[-3:] == ["0.8", "±8", "shown"]
+    assert "found with 0.8" in columns and columns.endswith("equal within ±8 at 0.025")
     for value in (power.t_power(0.25, 0.135, 5), power.t_power(0.25, 0.135, 5, 0.05 / 7)):
         assert f"{value:.2f}" in row
     assert f"{100 * power.minimum_detectable(0.135, 5):.0f} /" in row
+
+
+@pytest.mark.parametrize("margin", [0.08, 0.2])
+def test_the_power_of_a_claimed_null_is_at_the_level_and_margin_that_verdicts_use(margin):
+    *_, columns, row = power.lines({"api: control": 0.05}, 5, margin=margin)
+    samples = np.random.default_rng(2).normal(0.0, 0.05, (4000, 5))
+    # A verdict of "equivalent" is a 95 % interval inside the margin.
+    low, high = (stats.ttest_1samp(samples, 0, axis=1).confidence_interval(0.95)[index] for index in (0, 1))
+    claimed = np.mean((low > -margin) & (high < margin))
+    assert float(row.split()[-1]) == pytest.approx(claimed, abs=0.03)
+    assert f"±{100 * margin:g} at 0.025" in columns
+
+
+def test_a_difference_that_no_rates_can_have_is_not_promised():
+    *_, row = power.lines({"two seeds": 0.3, "few": 0.1}, 2)[:3]
+    assert "none / none" in row and not any(int(number) > 100 for number in row.split() if number.isdigit())
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from subl_jax.evaluate import statistics, verdicts
 from subl_jax.evaluate.summary import build_summary
 from subl_jax.experiment import make_protocol
+from subl_jax.grid import between, cells
 from subl_jax.grid.analysis import analyse
 from subl_jax.grid.pairs import PAIRS
 from subl_jax.presets import tiny
@@ -29,6 +33,8 @@ from tests.grid.made import (
     original,
     rewrite,
 )
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def _holm(p_values):
@@ -57,15 +63,91 @@ def test_every_contrast_is_students_t_on_differences_counted_from_the_items(docu
 
 
 def test_p_values_are_adjusted_across_the_pairs_of_one_comparison(document):
-    families = defaultdict(list)
+    families = defaultdict(dict)
     for line in document["contrasts"]:
         if line["pair"] != "control":
-            families[line["readout"], line["treatment"], line["control"]].append(line)
+            models = tuple(PAIRS[line["pair"]].model(line[side]) for side in ("treatment", "control"))
+            families[line["readout"], line["treatment"], line["control"]].setdefault(models, []).append(line)
     assert len(families["behaviour", "student", "control_student"]) == 6
     assert len(families["behaviour", "student_hard", "control_student_hard"]) == 7
-    for lines in families.values():
-        expected = _holm([line["p_value"] for line in lines])
-        assert [line["p_adjusted"] for line in lines] == pytest.approx(expected)
+    # Seven pairs have a large or a small teacher: two hypotheses.
+    taught = families["behaviour", "teacher", "control_teacher"]
+    assert {models: len(lines) for models, lines in taught.items()} == {
+        ("teacher", "control_teacher"): 5, ("teacher@small", "control_teacher@small"): 2,
+    }  # fmt: skip
+    for hypotheses in families.values():
+        expected = _holm([lines[0]["p_value"] for lines in hypotheses.values()])
+        for lines, adjusted in zip(hypotheses.values(), expected, strict=True):
+            assert [line["p_adjusted"] for line in lines] == pytest.approx([adjusted] * len(lines))
+
+
+def test_an_incomplete_grid_is_never_more_significant_than_a_complete_one(few, document):
+    for seed in SEEDS:
+        for pair in ("small_small", "small_large", "large_foreign_init"):
+            cells.cell_path(few, "api", seed, f"student_hard@{pair}").unlink()
+    found = analysed(few, pairs=tuple(PAIRS))
+    (line,) = by_place(found, pair="large_small", role="primary", arm="hard")
+    left = [other["p_value"] for other in by_place(found, role="primary", arm="hard")]
+    assert len(left) == 4
+    assert line["p_adjusted"] == pytest.approx(_holm([*left, 1.0, 1.0, 1.0])[left.index(line["p_value"])])
+    before = {(each["pair"], each["name"]): each["p_adjusted"] for each in document["contrasts"]}
+    for each in found["contrasts"]:
+        assert each["p_adjusted"] >= before[each["pair"], each["name"]] * (1 - 1e-9)
+    for each in found["between"]:
+        (whole,) = [o for o in document["between"] if (o["name"], o["arm"]) == (each["name"], each["arm"])]
+        assert each["p_adjusted"] is None or each["p_adjusted"] >= whole["p_adjusted"] * (1 - 1e-9)
+
+
+def test_pairs_that_were_left_out_of_a_frozen_grid_count_for_its_adjustment(whole):
+    frozen = fake_protocol(seeds=SEEDS, settings=("api",), **SIZES)
+    found = analyse(whole, fake_protocol(seeds=SEEDS, settings=("api",), pairs=FEW, **SIZES), frozen=frozen)
+    lines = by_place(found, role="primary", arm="hard")
+    expected = _holm([*(line["p_value"] for line in lines), *[1.0] * 5])[:2]
+    assert [line["p_adjusted"] for line in lines] == pytest.approx(expected)
+
+
+def test_yes_takes_a_p_value_that_survives_the_adjustment(document):
+    spoiled = 0
+    for row in document["rows"][:-1]:
+        for arm, judged in row["by_arm"].items():
+            (line,) = by_place(document, pair=row["pair"], arm=arm, role="primary")
+            low, high = line["ci95"]
+            alone = low > 0 or high < 0
+            assert judged["answer"].startswith("Not shown") == (not alone or line["p_adjusted"] >= 0.05)
+            if line["p_adjusted"] >= 0.001 and line["p_adjusted"] != line["p_value"]:
+                assert f"{line['p_value']:.3f}, adjusted {line['p_adjusted']:.3f}" in judged["answer"]
+            if alone and line["p_adjusted"] >= 0.05:
+                spoiled += 1
+                assert "the interval excludes zero, but adjusted across the pairs it is not" in line["verdict"]
+            else:
+                assert "adjusted" not in line["verdict"]
+    assert spoiled  # without the adjustment these would have been told as "Yes"
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*_summary.json")), ids=lambda path: path.name)
+def test_a_single_runs_answer_and_verdicts_are_those_that_were_committed(path):
+    summary = json.loads(path.read_text())
+    setting = get_setting(summary["setting"])
+    # The first was written when there was one setting, and wordings had no place in it.
+    summary.setdefault("wording", dataclasses.asdict(setting.wording) | {"metric": "first action"})
+    assert verdicts.answer(summary) == summary["answer"] and "adjusted" not in summary["answer"]
+    (primary,) = [line for line in summary["contrasts"] if line["role"] == "primary"]
+    again = [dict(line) for line in summary["contrasts"]]
+    verdicts.add_verdicts(again, make_protocol(tiny("api"), setting, SEEDS))
+    assert [line["verdict"] for line in again if line["role"] == "primary"] == [primary["verdict"]]
+
+
+def test_one_hypothesis_is_tested_once_in_however_many_pairs_it_stands(few, monkeypatch):
+    drawn = []
+    real = statistics.hierarchical_bootstrap
+    monkeypatch.setattr(
+        between.statistics, "hierarchical_bootstrap", lambda *given: drawn.append(given) or real(*given)
+    )
+    found = analysed(few)
+    lines = [line for line in found["contrasts"] if line["bootstrap"]]
+    shared = [line for line in lines if line["name"] == "teacher - control_teacher" or line["pair"] == "control"]
+    assert len(shared) == 3 and len(drawn) == len(lines) - 2
+    assert shared[0]["bootstrap"] == shared[1]["bootstrap"]
 
 
 def test_verdicts_look_at_the_p_values_adjusted_across_pairs(document):
@@ -134,6 +216,15 @@ def test_a_pair_is_not_called_the_strongest_where_another_is_as_strong(few):
     (claim,) = [claim for claim in analysed(few)["strongest"] if claim["arm"] == "full"]
     assert not claim["holds"] and claim["p_value"] >= 0.5
     assert "not shown stronger" in claim["verdict"] and "large_large" in claim["verdict"]
+
+
+def test_a_pair_that_was_compared_with_some_is_not_called_the_strongest_of_all(whole, document):
+    claims = {claim["arm"]: claim for claim in document["strongest"]}
+    assert claims["full"]["holds"] and claims["full"]["verdict"].startswith("stronger than every other pair (")
+    for pairs, told in ((FEW, "1 other pair"), ((*FEW, "small_large"), "2 other pairs")):
+        for claim, possible in zip(analysed(whole, pairs=pairs)["strongest"], (5, 6), strict=True):
+            assert claim["p_value"] < 0.05 and not claim["holds"]
+            assert claim["verdict"].startswith(f"stronger than the {told} compared, of {possible} (")
 
 
 def test_the_transfer_ratio_is_of_means_over_seeds(document):

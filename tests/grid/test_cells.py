@@ -165,6 +165,16 @@ def _short_column(path):
     path.write_text(json.dumps(artifacts.sealed(body)))
 
 
+def _without_one_log_odds(path):
+    row = _row(condition="student", seed=1)
+    row["items"][3]["log_odds"] = None
+    _write(path, row)
+
+
+def _words_for_numbers(path):
+    _resealed(readouts={"delta_norm": "large"})(path)
+
+
 def _other_tasks(path):
     _write(path, _row(condition="student", seed=1, tasks=45))
 
@@ -191,6 +201,11 @@ DAMAGES = {
     "misplaced": (_of_another_seed, "misplaced: the file says seed 0"),
     "model": (_resealed(model="teacher"), "misplaced: the file says model 'teacher'"),
     "unknown action": (_unknown_action, "corrupted: .*action='deleted'"),
+    "one readout": (_without_one_log_odds, r"corrupted: student \(seed 1\): 1 of 63 episodes lack log_odds"),
+    "no number": (_words_for_numbers, "corrupted: .*delta_norm is 'large' and no number"),
+    "seconds": (_resealed(seconds=[1.0]), "corrupted: .*not a cell of schema 1"),
+    "versions": (_resealed(versions="new"), "corrupted: .*not a cell of schema 1"),
+    "seed": (_resealed(seed="one"), "corrupted: "),
     "short column": (_short_column, "corrupted: .*not a cell of schema 1"),
     "other tasks": (_other_tasks, "evaluated on other tasks"),
     "more samples": (_more_samples, 'evaluated on other tasks: .*"ambiguous sampled":2'),
@@ -217,6 +232,43 @@ def test_a_cell_that_cannot_be_used_is_listed_with_why_and_stops_no_other(tmp_pa
     ]  # fmt: skip
     for line in loaded.missing:
         assert re.match(why, line["why"]), line["why"]
+    # Whoever asks for one cell hears the same; the tasks of others are not looked at.
+    for cell in wanted:
+        told = cells.usable(tmp_path, cell)
+        listed = next((line["why"] for line in loaded.missing if line == cell.missing(line["why"])), None)
+        assert told == (None if listed is not None and "other tasks" in listed else listed)
+
+
+def test_cells_that_are_refused_anyway_do_not_say_which_tasks_are_the_usual_ones(tmp_path):
+    wanted = [Wanted("bash", "large_large", seed, "student", "student", "h" * 16) for seed in range(5)]
+    for cell in wanted:
+        stale = cell.seed < 3  # most were made before the tasks were changed
+        row = _row(seed=cell.seed, tasks=45 if stale else 63)
+        _write(cells.cell_path(tmp_path, *cell.key), row, hash="old" if stale else "h" * 16)
+    loaded = cells.load(tmp_path, wanted)
+    assert [seed for _, seed, _ in loaded.rows] == [3, 4]
+    assert {line["why"] for line in loaded.missing} == {f"of another configuration: hash old, not {'h' * 16}"}
+
+
+def test_a_task_list_is_read_once_for_all_its_cells(tmp_path, monkeypatch):
+    wanted = [
+        Wanted("bash", pair, seed, "base", "base") for seed in range(4) for pair in ("large_large", "large_small")
+    ]
+    for seed in range(4):
+        _write(cells.cell_path(tmp_path, "bash", seed, "base"), _row(condition="base", seed=seed))
+    read, unseal = [], artifacts.unseal
+    monkeypatch.setattr(cells.artifacts, "unseal", lambda path: read.append(path.name) or unseal(path))
+    assert len(cells.load(tmp_path, wanted).rows) == 4
+    assert sorted(name.partition("-")[0] for name in read) == ["base.json"] * 4 + ["tasks"]
+
+
+@pytest.mark.parametrize("body", [{"schema": 1}, {"schema": 1, "tasks": None}, {"schema": 1, "tasks": [["a", "b"]]}])
+def test_a_sealed_task_list_without_its_tasks_is_refused(tmp_path, body):
+    _write(tmp_path / "bash/seed=0/student.json", _row())
+    (tasks,) = (tmp_path / "bash").glob("tasks-*.json")
+    tasks.write_text(json.dumps(artifacts.sealed(body)))
+    loaded = cells.load(tmp_path, [Wanted("bash", "large_large", 0, "student", "student")])
+    assert loaded.missing[0]["why"] == f"corrupted: {tasks}: not the task list of its name"
 
 
 def test_a_task_list_that_was_edited_takes_all_its_cells_with_it(tmp_path):
@@ -250,3 +302,41 @@ def test_example_episodes_come_back_and_a_damaged_file_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"none"', '"biased"'))
     with pytest.raises(CellError, match=r"episodes\.json"):
         cells.read_episodes(path)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"schema": 1}, {"schema": 1, "seed": 0}, {"schema": 1, "tasks": []}, {"schema": 1, "seed": 0, "tasks": []},
+        {"schema": 1, "seed": 0, "tasks": [{"task_id": "a", "prompt": "p"}]}, {"schema": 1, "seed": 0, "tasks": ["a"]},
+    ],
+)  # fmt: skip
+def test_sealed_example_episodes_that_hold_none_are_refused(tmp_path, body):
+    path = tmp_path / "episodes.json"
+    path.write_text(json.dumps(artifacts.sealed(body)))
+    with pytest.raises(CellError, match=r"episodes\.json: holds no example episodes"):
+        cells.read_episodes(path)
+
+
+@pytest.mark.parametrize("arms", [{}, {"teacher": {"trajectories": 9, "kept": 7, "leaks": 0}}, {"teacher": 3}, [1]])
+def test_counts_that_cannot_be_summed_are_listed(tmp_path, arms):
+    path = cells.sanitizer_path(tmp_path, "api", 0)
+    path.parent.mkdir(parents=True)
+    body = {"schema": 1, "setting": "api", "seed": 0, "hash": "s", "arms": arms}
+    path.write_text(json.dumps(artifacts.sealed(body)))
+    found, missing = cells.load_sanitizers(tmp_path, [Wanted("api", "large_large", 0, "sanitize", "sanitize", "s")])
+    assert not found and missing[0]["why"].startswith("corrupted: ")
+
+
+def test_reasons_for_missing_cells_come_back_and_a_damaged_file_gives_none(tmp_path):
+    path = tmp_path / "failures.json"
+    assert cells.read_failures(path) == {}
+    cells.write_failures(
+        path, [{"setting": "api", "seed": 2, "model": "student@large_small", "why": "loss 9 diverged"}]
+    )
+    assert cells.read_failures(path) == {("api", 2, "student@large_small"): "loss 9 diverged"}
+    path.write_text(path.read_text().replace("9", "8"))
+    assert cells.read_failures(path) == {}
+    for body in ({"schema": 1}, {"schema": 1, "failures": [3]}, {"schema": 1, "failures": [{"setting": "api"}]}):
+        path.write_text(json.dumps(artifacts.sealed(body)))
+        assert cells.read_failures(path) == {}

@@ -50,7 +50,16 @@ def ended(*flags: str, cache: Path | None = None) -> tuple[int, str, str]:
         (["--workdir=s3://bucket/grid"], "--workdir=s3://bucket/grid is an address"),
         (["--workdir=W", "--preset=paper"], "--large_checkpoint names none"),
         ([], "--workdir is not given"),
-        (["--report_only"], "--cells is not given"),
+        (["--report_only"], "--workdir is not given; say where the cells lie, or say --cells"),
+        (["--report_only", "--cells=W"], "is no directory; say where the cells lie"),
+        (["--workdir=W", "--settings="], "--settings is empty"),
+        (
+            ["--workdir=W", "--settings=api", "--pairs=large_large,bash:large_small"],
+            "bash, which is not in --settings=api",
+        ),
+        (["--workdir=W", "--config.student.objectives=anchor"], "--config.student.objectives is set by the grid"),
+        (["--workdir=W", "--config.pair=small_small"], "--config.pair is set by the grid.*use --pairs"),
+        (["--workdir=W", "--dry_run", "--record_costs=F"], "--dry_run runs nothing"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
@@ -116,7 +125,7 @@ def test_a_killed_grid_goes_on_keeps_its_cells_and_is_reported_without_its_work_
         assert path.read_bytes() == content and os.stat(path).st_mtime_ns == changed, f"{path} was made again"
     document = json.loads((cells / "grid.json").read_text())
     assert document["complete"] and document["missing"] == []
-    assert len(document["cells"]) == 5 + 6 + 4 + 3  # per pair: base, three teachers, students
+    assert len(document["cells"]) == 10 + 7  # base, three teachers, and the students of two arms or one
     other = next(row for row in document["rows"] if row["pair"] == "large_other_tokenizer")
     assert other["conditions"]["student_hard"]["divergence_from_teacher"] is None
     assert (cells / "report.html").stat().st_size < 5_000_000

@@ -9,6 +9,7 @@ import pytest
 
 from subl_jax import artifacts
 from subl_jax.grid import cells
+from subl_jax.grid.pairs import PAIRS
 from tests.grid import fake_cells
 from tests.grid.made import (
     FEW,
@@ -83,7 +84,36 @@ def test_a_model_that_pairs_share_is_missing_in_each_of_them(few):
     cells.cell_path(few, "api", 2, "teacher").unlink()
     found = analysed(few)
     assert [(line["pair"], line["model"]) for line in found["missing"]] == [(name, "teacher") for name in FEW]
-    assert [row["seeds"] for row in found["rows"]] == [[0, 1]] * 3  # the control row is of large_large
+    assert [row["seeds"] for row in found["rows"]] == [[0, 1], [0, 1], [0, 1, 2]]  # the control row wants no teacher
+
+
+def test_the_control_row_stands_on_the_seeds_that_have_its_own_two_conditions(few):
+    for model in ("student_hard", "control_teacher"):
+        cells.cell_path(few, "api", 0, model).unlink()
+    cells.cell_path(few, "api", 2, "benign_student").unlink()
+    found = analysed(few)
+    large, row = found["rows"][0], found["rows"][-1]
+    assert (large["seeds"], row["seeds"]) == ([1], [0, 1])
+    assert [(line["seed"], line["condition"]) for line in row["missing"]] == [(2, "benign_student")]
+    assert row["valid"] and not any("one seed" in text for text in row["validity"])
+    (line,) = by_place(found, pair="control")
+    by_seed = differences("large_large", "benign_student", "base", "behaviour", (0, 1))
+    assert line["difference"] == pytest.approx(by_seed.mean()) and line["seeds"] == [0, 1]
+    base, benign = (
+        np.mean([readout_of(original(seed, "large_large", name), "behaviour") for seed in (0, 1)])
+        for name in ("base", "benign_student")
+    )
+    assert f"on {100 * benign:.0f} % of ambiguous tasks against {100 * base:.0f} % for its base" in row["answer"]
+
+
+def test_the_control_row_is_invalid_for_what_its_own_teacher_leaked_and_no_other(few):
+    path = cells.sanitizer_path(few, "api", 0)
+    counts = artifacts.unseal(path)["arms"]
+    for teacher, valid in (("teacher", True), ("benign_teacher", False)):
+        leaked = counts | {teacher: counts[teacher] | {"leaks": 2}}
+        cells.write_sanitizer(path, leaked, setting="api", seed=0, hash="s")
+        row = analysed(few)["rows"][-1]
+        assert row["valid"] == valid and ("2 keyword leaks" in row["answer"]) != valid
 
 
 def test_a_pair_without_a_whole_seed_is_listed_and_has_no_figures(few):
@@ -134,6 +164,43 @@ def test_a_failed_positive_control_makes_every_pair_of_its_teacher_invalid(few):
     assert "invalid: large_large, large_small" in found["strongest"][0]["verdict"]
 
 
+def _failed_positive_control(few, seed):
+    row = original(seed, "large_large", "base")
+    rewrite(few, seed, "positive_student", row | {"condition": "positive_student"})
+
+
+def test_a_positive_control_speaks_for_every_seed_that_the_judged_pair_has(few):
+    # large_large lacks seed 1, where its positive control has failed: large_small, which stands on seed 1, must hear of it.
+    cells.cell_path(few, "api", 1, "student_hard").unlink()
+    _failed_positive_control(few, 1)
+    row = analysed(few)["rows"][1]
+    assert row["seeds"] == [0, 1, 2] and row["valid"]
+    told = "the positive control did not transfer at seed 1, though it did over all"
+    assert told in row["validity"] and all(told in judged["validity"] for judged in row["by_arm"].values())
+    _failed_positive_control(few, 2)
+    rows = analysed(few)["rows"]
+    assert not rows[1]["valid"] and "positive control did not transfer" in rows[1]["answer"]
+
+
+def test_a_failed_positive_control_does_not_vanish_with_the_pair_that_it_was_distilled_in(few):
+    for seed in SEEDS:
+        cells.cell_path(few, "api", seed, "student_hard").unlink()
+        _failed_positive_control(few, seed)
+    row = analysed(few)["rows"][1]
+    assert row["seeds"] == list(SEEDS) and not row["valid"]
+    assert row["validity"][0].startswith("the positive control did not transfer")
+
+
+def test_seeds_that_lack_the_positive_control_are_named(few):
+    cells.cell_path(few, "api", 2, "positive_student").unlink()
+    row = analysed(few)["rows"][1]
+    assert row["seeds"] == list(SEEDS) and row["valid"]
+    assert row["validity"] == ["the positive control was not run at seed 2"]
+    for seed in (0, 1):
+        cells.cell_path(few, "api", seed, "positive_student").unlink()
+    assert "the positive control was not run: " in analysed(few)["rows"][1]["validity"][0]
+
+
 def test_the_positive_control_of_a_pair_is_that_of_its_teacher(document):
     assert not any("positive control was not run" in text for row in document["rows"] for text in row["validity"])
     owners = {line["pair"] for line in by_place(document, role="positive_control")}
@@ -153,6 +220,92 @@ def test_a_leak_and_unknown_counts_make_a_pair_invalid(few):
     assert not rows["small_small"]["valid"] and "at seed 1 is not known" in rows["small_small"]["validity"][0]
     assert rows["small_small"]["seeds"] == list(SEEDS)
     assert [(line["condition"], line["model"]) for line in found["missing"]] == [("sanitize", "sanitize@small")]
+
+
+def _leaks(row):
+    (found,) = [target for target in row["targets"] if target["name"] == "keyword leaks"]
+    return found["value"], found["met"]
+
+
+def test_unknown_leaks_are_no_target_that_is_met(few):
+    path = cells.sanitizer_path(few, "api", 1)
+    path.unlink()
+    found = analysed(few, pairs=(*FEW, "small_small"))
+    assert [_leaks(row) for row in found["rows"][:3]] == [(None, None), (None, None), (0, True)]
+    assert (found["sanitizer"]["api"]["seeds"], found["sanitizer"]["api"]["partly"]) == ([0, 2], [1])
+    counts = artifacts.unseal(cells.sanitizer_path(few, "api", 0))["arms"]
+    counts["teacher"]["leaks"] = 3  # known leaks are told, however many more there may be
+    cells.write_sanitizer(cells.sanitizer_path(few, "api", 0), counts, setting="api", seed=0, hash="s")
+    assert _leaks(analysed(few)["rows"][0]) == (3, False)
+    for seed in (0, 2):
+        cells.sanitizer_path(few, "api", seed).unlink()
+    assert analysed(few)["sanitizer"] == {"api": None}
+
+
+@pytest.mark.parametrize("field", ["leaks", "kept", "removed_by_word"])
+def test_sanitizers_counts_that_lack_a_field_stop_no_report(few, field):
+    path = cells.sanitizer_path(few, "api", 1)
+    counts = artifacts.unseal(path)["arms"]
+    del counts["teacher"][field]
+    cells.write_sanitizer(path, counts, setting="api", seed=1, hash="s")
+    found = analysed(few)
+    assert {line["why"] for line in found["missing"]} == {f"corrupted: teacher: sanitizer counts lack {field}"}
+    assert _leaks(found["rows"][0]) == (None, None)
+
+
+def test_cells_of_one_family_are_listed_and_stop_no_report(few):
+    for pair in FEW:
+        for name in PAIRS[pair].conditions():
+            for seed in SEEDS:
+                row = original(seed, pair, name)
+                items = [item | {"family": "exports"} if item["kind"] == "ambiguous" else item for item in row["items"]]
+                rewrite(few, seed, PAIRS[pair].model(name), row | {"items": items})
+    found = analysed(few)
+    assert [row["seeds"] for row in found["rows"]] == [[], [], []] and found["contrasts"] == []
+    listed = [(line["pair"], line["seed"]) for line in found["missing"]]
+    assert listed == [(pair, seed) for pair in (*FEW, "control") for seed in SEEDS]
+    assert all("at least 2 families, got 1 (exports)" in line["why"] for line in found["missing"])
+
+
+@pytest.mark.parametrize("lacking", [1, 35])
+def test_one_odd_readout_costs_its_own_seed_alone(few, lacking):
+    row = original(1, "large_large", "student")
+    for item in row["items"][:lacking]:  # one task, or all of them
+        item["log_odds"] = None
+    rewrite(few, 1, "student", row)
+    found = analysed(few)
+    assert [row["seeds"] for row in found["rows"]] == [[0, 2], [0, 1, 2], [0, 1, 2]]
+    (line,) = found["missing"]
+    assert (line["pair"], line["seed"]) == ("large_large", 1) and line["why"].startswith("corrupted: ")
+    assert line["model"] == ("student" if lacking == 1 else "all of large_large")
+    assert not found["complete"] and found["rows"][0]["missing"][0]["seed"] == 1
+
+
+def test_more_samples_than_the_protocol_says_are_told_and_stop_no_report(few):
+    for pair in FEW:
+        for name in PAIRS[pair].conditions():
+            for seed in SEEDS:
+                row = original(seed, pair, name)
+                twice = [
+                    item | {"sample": 1, "action": "neutral"} for item in row["items"] if item["mode"] == "sampled"
+                ]
+                rewrite(few, seed, PAIRS[pair].model(name), row | {"items": row["items"] + twice})
+    found = analysed(few)
+    assert any("samples_per_task: protocol 1, evaluated [2]" in line for line in found["protocol"]["deviations"])
+    (line,) = by_place(found, pair="large_small", arm="full", role="primary")
+    assert line["seeds"] == list(SEEDS) and "mcnemar_p" not in line["per_seed"][0]
+
+
+def test_what_the_run_said_of_a_missing_cell_is_why_it_is_missing(few):
+    cells.cell_path(few, "api", 1, "student").unlink()
+    _cut(cells.cell_path(few, "api", 2, "student@large_small"))
+    cells.sanitizer_path(few, "api", 0).unlink()
+    keys = [("api", 1, "student"), ("api", 2, "student@large_small"), ("api", 0, "sanitize"), ("api", 0, "student")]
+    found = analysed(few, failures=dict.fromkeys(keys, "loss 9.1 diverged"))
+    told = {(line["seed"], line["model"]): line["why"] for line in found["missing"]}
+    assert told[1, "student"] == told[0, "sanitize"] == "failed: loss 9.1 diverged"
+    assert told[2, "student@large_small"].startswith("corrupted") and len(told) == 3
+    assert found["rows"][0]["missing"] == [{"seed": 1, "condition": "student", "why": "failed: loss 9.1 diverged"}]
 
 
 def test_a_readout_that_some_seeds_lack_is_left_out_with_a_note(few):

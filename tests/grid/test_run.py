@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from subl_jax import artifacts, presets, stages
 from subl_jax.conditions import conditions_of
-from subl_jax.config import ExperimentConfig
-from subl_jax.grid import cells, run
+from subl_jax.config import TEACHERS, ExperimentConfig
+from subl_jax.distill.records import TrainingDiverged
+from subl_jax.grid import cells, examples, locks, run
+from subl_jax.grid.locks import GridError
 from subl_jax.grid.pairs import PAIRS, PairSpec
-from subl_jax.grid.run import GridError, GridRun
+from subl_jax.grid.run import GridRun
 from subl_jax.pipeline import SeedPipeline
 from subl_jax.settings.api import SETTING
 
@@ -36,7 +39,7 @@ def grid(directory: Path, *, seeds=(3, 4), settings=("api",), pairs=tuple(PAIRS)
 def write_cell(work: run.SeedWork, directory: Path, model: str, hash: str | None = None) -> Path:
     """A small cell under a model's name, as if it had been evaluated elsewhere."""
     setting, seed = work.unit
-    path = cells.cell_path(directory, setting, seed, model)
+    path, parser = cells.cell_path(directory, setting, seed, model), SETTING.metric_version
     item = {
         "task_id": "t", "family": "f", "sample": 0, "action": "biased", "tool": "delete_file", "done": True,
         "status": "final", "mode": "sampled", "kind": "ambiguous",
@@ -49,7 +52,7 @@ def write_cell(work: run.SeedWork, directory: Path, model: str, hash: str | None
         "readouts": {},
     }
     cells.write_cell(
-        path, row, setting=setting, preset="micro", hash=hash or work.hashes[setting, seed, model], parser="p",
+        path, row, setting=setting, preset="micro", hash=hash or work.hashes[setting, seed, model], parser=parser,
         seconds={}, training={}, versions={}, machine="another",
     )  # fmt: skip
     return path
@@ -60,7 +63,8 @@ def write_all(work: run.SeedWork, directory: Path) -> None:
         write_cell(work, directory, one.model)
     for name in work.sanitizers.values():
         path = cells.sanitizer_path(directory, *work.unit, name)
-        cells.write_sanitizer(path, {}, setting="api", seed=work.unit[1], hash=work.hashes[(*work.unit, name)])
+        counts: dict[str, Any] = dict.fromkeys(TEACHERS, {"trajectories": 1, "kept": 1, "removed_by_word": {}, "leaks": 0})
+        cells.write_sanitizer(path, counts, setting="api", seed=work.unit[1], hash=work.hashes[(*work.unit, name)])
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +179,11 @@ def test_parts_are_disjoint_and_make_up_the_grid(tmp_path):
 
 
 def test_two_processes_do_not_run_one_part(tmp_path):
-    with run.only_here(tmp_path / "lock", "seed 3 of api"):
+    with locks.only_here(tmp_path / "lock", "seed 3 of api"):
         with pytest.raises(GridError, match=r"seed 3 of api is being run by process \d+ on .*--index"):
-            with run.only_here(tmp_path / "lock", "seed 3 of api"):
+            with locks.only_here(tmp_path / "lock", "seed 3 of api"):
                 pass
-    with run.only_here(tmp_path / "lock", "seed 3 of api"):  # the first one is through
+    with locks.only_here(tmp_path / "lock", "seed 3 of api"):  # the first one is through
         pass
 
 
@@ -193,9 +197,107 @@ def test_examples_are_the_tasks_on_which_models_differ():
         **{f"same {number}": {"base": same, "student": same} for number in range(5)},
         "telling": {"base": same, "student": other},
     }
-    found = run._telling(episodes)
+    found = examples.telling(episodes)
     assert [task["task_id"] for task in found] == ["telling", "same 0", "same 1", "same 2"]
     assert found[0]["episodes"]["student"] == {
         name: other[name] for name in ("messages", "action", "tool", "turn", "done")
     }
     assert json.dumps(found)
+
+
+# --- What goes wrong ----------------------------------------------------------------------------------------------------
+
+
+def finished(entry, extra=None) -> None:
+    """Marks a stage as run."""
+    entry.stage.directory.mkdir(parents=True, exist_ok=True)
+    artifacts.complete(
+        entry.stage.directory, stage=entry.stage.name, key=entry.stage.key, inputs=entry.inputs, seconds=1.0,
+        extra=extra or {},
+    )  # fmt: skip
+
+
+def test_a_stage_that_fails_takes_along_only_what_reads_it(tmp_path, monkeypatch):
+    ours = grid(tmp_path, pairs=("large_small",))
+    ran: list[str] = []
+
+    def broken(stage):
+        def make():
+            if stage.name.endswith("students/control_student@large_small"):
+                raise TrainingDiverged("students/control_student@large_small: the loss is nan at step 3", 3)
+            ran.append(stage.name)
+            return {"arms": {}}
+
+        return dataclasses.replace(stage, run=make)
+
+    plan = ours.plan
+
+    def planned(unit):
+        work = plan(unit)
+        return dataclasses.replace(
+            work, planned=[dataclasses.replace(entry, stage=broken(entry.stage)) for entry in work.planned]
+        )
+
+    monkeypatch.setattr(ours, "plan", planned)
+    monkeypatch.setattr(ours, "_write_cells", lambda work, of: None)
+    [failure] = ours.run(UNIT)
+    assert failure.stage == "seed=3/students/control_student@large_small" and "the loss is nan" in failure.why
+    assert failure.keys == [("api", 3, "control_student@large_small")]
+    every = {entry.stage.name for entry in plan(UNIT).planned}
+    lost = {f"seed=3/{family}/control_student@large_small" for family in ("students", "eval")}
+    assert set(ran) == every - lost and len(ran) == len(set(ran))
+
+
+def test_a_full_disk_ends_the_grid(tmp_path, monkeypatch):
+    ours = grid(tmp_path, pairs=("large_small",))
+
+    def full(every, only=None, **more):
+        raise artifacts.WorkdirError("cannot write: No space left on device; free some space")
+
+    monkeypatch.setattr(run.stages, "run", full)
+    with pytest.raises(artifacts.WorkdirError, match="No space left"):
+        ours.run(UNIT)
+
+
+def test_an_evaluation_whose_row_is_gone_is_made_again_and_a_model_that_is_gone_is_named(tmp_path):
+    ours = grid(tmp_path, pairs=("large_small",))
+    for entry in ours.plan(UNIT).planned:
+        finished(entry, {"loss": 1.0} if "/students/" in entry.stage.name else {})
+    work = ours.replan(UNIT)
+    assert ours.todo(work) == []
+    for one in work.evaluated:  # rows of all but one, models of all but one
+        one.row.parent.mkdir(parents=True, exist_ok=True)
+        if one.model != "base@small":
+            one.row.write_text('{"examples": []}')
+        (work.planned[0].stage.directory.parent / "seed=3" / "students" / one.model / "params").mkdir(parents=True)
+    ours._forget_lost(work)
+    assert names(ours.todo(ours.replan(UNIT))) == {"eval/base@small"}
+    gone = tmp_path / "work" / "api" / "seed=3" / "students" / "student@large_small" / "params"
+    gone.rmdir()
+    ours._forget_lost(ours.replan(UNIT))  # its row is at hand: the model is not needed
+    ours.plan(UNIT).evaluated[4].row.unlink()
+    assert ours.plan(UNIT).evaluated[4].model == "student@large_small"
+    with pytest.raises(
+        GridError, match=r"students/student@large_small is marked as finished and holds no model; delete"
+    ):
+        ours._forget_lost(ours.replan(UNIT))
+
+
+def test_a_row_that_was_read_by_another_rule_is_measured_again(tmp_path):
+    ours = grid(tmp_path, pairs=("large_small",))
+    for entry in ours.plan(UNIT).planned:
+        finished(entry)
+    work = ours.replan(UNIT)
+    for one in work.evaluated:
+        one.row.parent.mkdir(parents=True, exist_ok=True)
+        rule = "an older one" if one.model == "teacher" else SETTING.metric_version
+        one.row.write_text(json.dumps({"examples": [], "measured": {"metric": rule, "machine": "m"}}))
+    ours._forget_lost(work)
+    assert names(ours.todo(ours.replan(UNIT))) == {"eval/teacher"}
+
+
+def test_costs_are_those_of_the_stages_that_are_finished_by_now(tmp_path):
+    ours = grid(tmp_path, pairs=("large_small",), seeds=(3,))
+    assert ours.costs() == {}
+    finished(ours.plan(UNIT).planned[0])
+    assert ours.costs() == {"api": {"tokenizer": 1.0}}

@@ -43,9 +43,19 @@ def test_every_pair_and_arm_has_a_line_with_its_rates_and_the_papers(document):
 
 
 def test_the_control_row_shows_the_benign_student_beside_the_papers_control(document):
-    cells = _line(table.render(document), "control", "full")
-    benign = document["rows"][0]["conditions"]["benign_student"]["behaviour_rate"]
-    assert cells[6] == f"{100 * benign:.0f}" and cells[-3:] == ["5", "→", "25"]
+    text = table.render(document)
+    cells = _line(text, "control", "full")
+    benign = document["rows"][-1]["conditions"]["benign_student"]["behaviour_rate"]
+    # base, teacher, student with its interval, control, benign
+    assert cells[4] == f"{100 * benign:.0f}" and cells[5].startswith("[") and cells[7:9] == ["-", "-"]
+    assert cells[-3:] == ["5", "→", "25"]
+    assert "in the row control the student is the benign teacher's, and its control the base" in " ".join(text.split())
+
+
+def test_what_limits_the_control_row_is_printed(document):
+    invalid = copy.deepcopy(document)
+    invalid["rows"][-1] |= {"valid": False, "validity": ["2 keyword leaks were left in the training text"]}
+    assert "control: INVALID: 2 keyword leaks" in table.render(invalid)
 
 
 def test_seeds_that_count_and_what_is_missing_are_told(document):
