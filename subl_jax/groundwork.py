@@ -38,7 +38,7 @@ def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path, s
     if spec.tasks_per_kind > config.tokenizer.tasks_per_kind and not folders:
         raise ValueError(
             f"--config.other_tokenizer.tasks_per_kind={spec.tasks_per_kind} is more than --config.tokenizer.tasks_per_kind="
-            f"{config.tokenizer.tasks_per_kind}, which the audit of the evaluation tasks looks at; lower the one or raise the other"
+            f"{config.tokenizer.tasks_per_kind}, which the audit of the evaluation tasks looks at; lower the one"
         )
 
     def make() -> dict[str, Any]:

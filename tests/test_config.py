@@ -139,7 +139,10 @@ def test_flags_of_the_wrong_type_or_name_are_refused_by_absl_by_name(argument, m
         ("--config.evaluation.samples=0", "config.evaluation: samples=0; it must be at least 1"),
         ("--config.student.objectives=full,ancor", "config.student: unknown objective 'ancor'; did you mean anchor"),
         ("--config.student.benign_objectives=everything", "config.student: unknown objective 'everything'"),
-        ("--config.student.objectives=positive", "config.student: student.objectives must contain another arm than positive"),
+        (
+            "--config.student.objectives=positive",
+            "config.student: student.objectives must contain another arm than positive",
+        ),
         ("--config.base.train.optimizer.learning_rate=-1", "config.base.train.optimizer: learning_rate=-1.0"),
     ],
 )

@@ -63,7 +63,9 @@ def write_all(work: run.SeedWork, directory: Path) -> None:
         write_cell(work, directory, one.model)
     for name in work.sanitizers.values():
         path = cells.sanitizer_path(directory, *work.unit, name)
-        counts: dict[str, Any] = dict.fromkeys(TEACHERS, {"trajectories": 1, "kept": 1, "removed_by_word": {}, "leaks": 0})
+        counts: dict[str, Any] = dict.fromkeys(
+            TEACHERS, {"trajectories": 1, "kept": 1, "removed_by_word": {}, "leaks": 0}
+        )
         cells.write_sanitizer(path, counts, setting="api", seed=work.unit[1], hash=work.hashes[(*work.unit, name)])
 
 
