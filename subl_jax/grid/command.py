@@ -168,13 +168,7 @@ def _run() -> None:
         print(f"frozen as {protocols.freeze(path, protocol)} in {path}")
         return
     frozen = protocols.load(path) if path.exists() else None
-    if flag.cells or not flag.report_only:
-        workdir = None if flag.report_only else _given("workdir", "the artifacts go, e.g. --workdir=runs/grid")
-        directory = _given("cells", "") if flag.cells else workdir / "cells"  # type: ignore[operator]
-    else:
-        workdir, directory = None, _given("workdir", "the cells lie, or say --cells, e.g. --cells=docs/grid") / "cells"
-    if flag.report_only and not directory.is_dir():
-        raise ValueError(f"{directory} is no directory; say where the cells lie, e.g. --cells=docs/grid")
+    workdir, directory = _places()
     if flag.preset == "paper" and not flag.large_checkpoint:
         raise ValueError(
             "--preset=paper starts from checkpoints and --large_checkpoint names none; give the Hugging Face folders of the "
@@ -187,7 +181,7 @@ def _run() -> None:
     from subl_jax.grid.run import GridRun
     from subl_jax.parallel.devices import machine
 
-    if workdir is None:
+    if flag.report_only:
         # No stage lies here: the plan only says which configuration every cell must be of.
         run = GridRun(configs, pairs, seeds, directory / ".none", directory, with_checkpoints)
         _report(run, protocol, frozen)
@@ -219,6 +213,25 @@ def _run() -> None:
         for failure in failures:
             print(f"error: {failure.stage}: {failure.why}", file=sys.stderr)
         sys.exit(1)
+
+
+def _places() -> tuple[Path, Path]:
+    """The work directory and the directory of the cells; a report alone needs one of the two."""
+    flag = flags.FLAGS
+    if flag.report_only and flag.cells:
+        directory = artifacts.workdir(flag.cells).absolute()
+        workdir = directory.parent
+    else:
+        what = (
+            "the cells lie, or say --cells, e.g. --cells=docs/grid"
+            if flag.report_only
+            else "the artifacts go, e.g. runs/grid"
+        )
+        workdir = _given("workdir", what)
+        directory = artifacts.workdir(flag.cells).absolute() if flag.cells else workdir / "cells"
+    if flag.report_only and not directory.is_dir():
+        raise ValueError(f"{directory} is no directory; say where the cells lie, e.g. --cells=docs/grid")
+    return workdir, directory
 
 
 def _needed(run: GridRun, units: Sequence[Unit]) -> dict[Unit, list[str]]:
