@@ -97,8 +97,9 @@ def letters() -> PreTrainedTokenizerFast:
 def written(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
     """Each token's bytes by transformers' own map, for those that it can write."""
     byte = {letter: value for value, letter in bytes_to_unicode().items()}
-    vocabulary = tokenizer.get_vocab().items()
-    return {index: bytes(byte[c] for c in token) for token, index in vocabulary if all(c in byte for c in token)}
+    # By index: a vocabulary comes in another order in every process, and what is drawn below depends on it.
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return {index: bytes(byte[c] for c in token) for index, token in vocabulary if all(c in byte for c in token)}
 
 
 def retokenized(rng: np.random.Generator, text: bytes, tokens: dict[int, bytes]) -> Iterator[int]:
