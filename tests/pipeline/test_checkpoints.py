@@ -47,8 +47,8 @@ def random_folder(directory: Path, family: str) -> int:
     return len(made)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "lora"), [("Llama", False), pytest.param("Qwen2", True, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize(("family", "lora"), [("Llama", False), ("Qwen2", True)])
 def test_a_folder_of_transformers_goes_through_every_stage(
     family: str, lora: bool, cache: Path, tmp_path: Path
 ) -> None:
