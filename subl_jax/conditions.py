@@ -231,10 +231,6 @@ class SeedModels:
         spec, directory = self.config.student, self.root / "students" / self.student_name(condition)
         return self.load(directory, self.student_size, spec.adapters, own=own)
 
-    def size_of(self, condition: str) -> str:
-        """Whose size a condition's model has."""
-        return self.teacher_size if condition in TEACHERS else self.student_size
-
     def model_of(self, condition: str, *, own: bool = False) -> Model:
         """The model of any condition, from its checkpoint; `own`: see `load`."""
         if condition == "base":

@@ -24,14 +24,15 @@ from subl_jax.stages import Stage
 
 def groundwork(config: ExperimentConfig, setting: Setting, workdir: Path, seeds: Sequence[int]) -> list[Stage]:
     """All of them, in order."""
-    sizes = {tokenizer_name(size): size for size in config.sizes()}
+    # Where teacher and student share one, it is the teacher's.
+    sizes = {tokenizer_name(size): size for size in reversed(config.sizes())}
     return [
         *(tokenizer_stage(config, setting, workdir, size) for size in sizes.values()),
         audit_stage(config, setting, workdir, seeds),
     ]
 
 
-def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path, size: str = "large") -> Stage:
+def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path, size: str) -> Stage:
     """Trains the embedded tokenizer of the models of a size, on training text only, or takes the checkpoint's."""
     folders, name = sources.checkpoints(config), tokenizer_name(size)
     spec = config.tokenizer if name == "tokenizer" else config.other_tokenizer

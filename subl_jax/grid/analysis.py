@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from subl_jax.config import TEACHERS
 from subl_jax.evaluate import statistics, verdicts
 from subl_jax.evaluate.summary import build_summary, total_sanitizer
 from subl_jax.grid import between, document
@@ -24,7 +25,7 @@ from subl_jax.grid import protocol as grid_protocol
 from subl_jax.grid.between import Measured
 from subl_jax.grid.cells import NOT_RUN, Key, Loaded, load, load_sanitizers
 from subl_jax.grid.document import CONTROL_CONDITIONS, Pair
-from subl_jax.grid.pairs import CONTROL, CONTROL_OF, PAIRS, TEACHERS, PairSpec
+from subl_jax.grid.pairs import CONTROL, CONTROL_OF, PAIRS, PairSpec
 from subl_jax.grid.protocol import GridProtocol
 from subl_jax.settings.interface import Wording
 from subl_jax.settings.registry import get_setting

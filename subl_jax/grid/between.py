@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from subl_jax.config import suffix_of
 from subl_jax.evaluate import power, statistics
 from subl_jax.evaluate.protocol import Contrast, Protocol
 from subl_jax.evaluate.summary import task_values
 from subl_jax.evaluate.verdicts import ALPHA, p_text
-from subl_jax.grid.pairs import PAIRS, PairSpec, suffix
+from subl_jax.grid.pairs import PAIRS, PairSpec
 
 # Teachers that differ by less leave no ratio: noise of the denominator would be all that it shows.
 LEAST_TEACHER_DIFFERENCE = 0.1
@@ -127,7 +128,7 @@ def transfer_ratio(conditions: Mapping[str, Any], arm: str) -> dict[str, Any]:
       conditions: of a summary; empty where no seed is complete.
       arm: the students' objective.
     """
-    named = ["student" + suffix(arm), "control_student" + suffix(arm), "teacher", "control_teacher"]
+    named = ["student" + suffix_of(arm), "control_student" + suffix_of(arm), "teacher", "control_teacher"]
     if any(name not in conditions for name in named):
         return {"estimate": None, "per_seed": [], "definition": RATIO}
     by_seed = [

@@ -371,10 +371,10 @@ def _report(run: GridRun, protocol: GridProtocol, frozen: GridProtocol | None) -
     from subl_jax.report import figures
     from subl_jax.report import grid as report
 
-    directory, notes = run.cells, []
+    directory = run.cells
     hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
     failures = cells.read_failures(directory / "failures.json")
-    document = analyse(directory, protocol, frozen=frozen, hashes=hashes, failures=failures, notes=notes)
+    document = analyse(directory, protocol, frozen=frozen, hashes=hashes, failures=failures)
     episodes = {}
     for setting in protocol.settings:
         path = directory / setting / "episodes.json"

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from subl_jax import artifacts
+from subl_jax.config import suffix_of
 from subl_jax.evaluate import verdicts
 from subl_jax.evaluate.summary import total_sanitizer
 from subl_jax.grid import between
 from subl_jax.grid import protocol as grid_protocol
 from subl_jax.grid.between import Measured
 from subl_jax.grid.cells import Key
-from subl_jax.grid.pairs import CONTROL, PAIRS, PairSpec, suffix
+from subl_jax.grid.pairs import CONTROL, PAIRS, PairSpec
 from subl_jax.grid.protocol import GridProtocol
 from subl_jax.settings.interface import Wording
 
@@ -126,7 +127,7 @@ def _control_row(pair: Pair, wording: Wording) -> dict[str, Any]:
 def cells(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The figures of every condition and seed that a row stands on."""
     ratios = {
-        ("student" + suffix(arm), line["seed"]): line["transfer_ratio"]
+        ("student" + suffix_of(arm), line["seed"]): line["transfer_ratio"]
         for arm, ratio in row["transfer_ratio"].items()
         for line in ratio["per_seed"]
     }

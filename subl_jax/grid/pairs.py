@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-TEACHERS = ("teacher", "control_teacher", "benign_teacher")
+from subl_jax.config import STUDENT_OF, TEACHERS, suffix_of
+
 # Contrast partners of an arm: the treatment, its counter-bias control, its benign control.
-STUDENTS = ("student", "control_student", "benign_student")
+STUDENTS = tuple(STUDENT_OF[teacher] for teacher in TEACHERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class PairSpec:
     def conditions(self, arm: str | None = None) -> list[str]:
         """Every condition of the pair, or those that one arm needs, in the order of the tables."""
         arms = self.arms if arm is None else (arm,)
-        found = ["base", *TEACHERS, *(student + suffix(each) for each in arms for student in STUDENTS)]
+        found = ["base", *TEACHERS, *(student + suffix_of(each) for each in arms for student in STUDENTS)]
         return found + ["positive_student"] * (self.positive and (arm is None or arm == self.primary_arm))
 
     def model(self, condition: str) -> str:
@@ -75,11 +76,6 @@ class PairSpec:
     def sanitizer(self) -> str:
         """The name of the counts of what was filtered from its teachers' trajectories."""
         return "sanitize" if self.sizes[0] == "large" else f"sanitize@{self.sizes[0]}"
-
-
-def suffix(arm: str) -> str:
-    """What a student of an arm carries behind its name; nothing for full."""
-    return "" if arm == "full" else f"_{arm}"
 
 
 def _paper(row: str, api: tuple[int, int], bash: tuple[int, int]) -> dict[str, PaperRow]:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from subl_jax import artifacts
-from subl_jax.config import ExperimentConfig
+from subl_jax.config import ExperimentConfig, suffix_of
 from subl_jax.evaluate import protocol as protocols
 from subl_jax.evaluate.protocol import Contrast, Protocol, ProtocolError
 from subl_jax.experiment import make_protocol
 from subl_jax.grid.cells import Wanted, write_lines
-from subl_jax.grid.pairs import PAIRS, PairSpec, suffix
+from subl_jax.grid.pairs import PAIRS, STUDENTS, PairSpec
 from subl_jax.settings.interface import Setting
 from subl_jax.settings.registry import get_setting
 
@@ -116,7 +116,7 @@ def make_grid_protocol(
                 found[name, spec.name, arm] = dataclasses.replace(
                     shared,
                     contrasts=contrasts(spec, arm, setting, shared.targets.control_margin),
-                    controls=("control_student" + suffix(arm), "benign_student" + suffix(arm)),
+                    controls=("control_student" + suffix_of(arm), "benign_student" + suffix_of(arm)),
                 )
     presets = {config.preset for config in configs.values()}
     if len(presets) > 1:
@@ -132,7 +132,7 @@ def contrasts(spec: PairSpec, arm: str, setting: Setting, margin: float) -> tupl
       setting: names the counter-bias.
       margin: equivalence margin between a control student and the base, a share.
     """
-    student, control, benign = (name + suffix(arm) for name in ("student", "control_student", "benign_student"))
+    student, control, benign = (name + suffix_of(arm) for name in STUDENTS)
     found = [
         Contrast(f"{student} - {control}", student, control, "primary"),
         Contrast(f"{student} - {benign}", student, benign, "sign"),

@@ -273,8 +273,8 @@ class GridRun:
         def after(stage: Stage, marker: artifacts.Marker) -> None:
             nonlocal work
             work = work.finished(stage.name, marker)
+            self._write_cells(work, [stage.name])  # before it counts as done: what fails here is this stage's
             todo.remove(stage.name)
-            self._write_cells(work, [stage.name])
             if finished is not None:
                 finished(stage, marker)
 

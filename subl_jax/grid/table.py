@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from subl_jax.grid.pairs import CONTROL, STUDENTS, suffix
+from subl_jax.config import suffix_of
+from subl_jax.grid.pairs import CONTROL, STUDENTS
 from subl_jax.report.table import MISSING, aligned, interval, p_cell, percent, size_text, wrapped
 
 _HEADER = (
@@ -51,7 +52,7 @@ def _lines(row: Mapping[str, Any], contrasts: Sequence[Mapping[str, Any]], plann
     seeds = f"{len(row['seeds'])}/{planned}"
     found = []
     for arm in row["arms"]:
-        student, control, benign = (name + suffix(arm) for name in STUDENTS)
+        student, control, benign = (name + suffix_of(arm) for name in STUDENTS)
         if row["pair"] == CONTROL.name:
             student, control, benign = benign, "", ""
         # The control row has one comparison, and it is no primary one.

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from subl_jax.config import suffix_of
 from subl_jax.evaluate.verdicts import ALPHA, points
-from subl_jax.grid.pairs import CONTROL, PAIRS, STUDENTS, suffix
+from subl_jax.grid.pairs import CONTROL, PAIRS, STUDENTS
 from subl_jax.report import grid_setting, page, panels, sections
 from subl_jax.report.table import MISSING, interval, number, p_cell, percent, size_text
 
@@ -168,7 +169,7 @@ def _table_group(document: Mapping[str, Any], row: Mapping[str, Any], planned: i
     )
     body = []
     for place, arm in enumerate(arms):
-        student, control, benign = (name + suffix(arm) for name in STUDENTS)
+        student, control, benign = (name + suffix_of(arm) for name in STUDENTS)
         if row["pair"] == CONTROL.name:
             student, control, benign = benign, "", ""
         line = lines.get(arm)

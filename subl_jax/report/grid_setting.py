@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from subl_jax.config import suffix_of
 from subl_jax.evaluate.verdicts import p_text
-from subl_jax.grid.pairs import CONTROL, PAIRS, STUDENTS, suffix
+from subl_jax.grid.pairs import CONTROL, PAIRS, STUDENTS
 from subl_jax.report import episodes as browsing
 from subl_jax.report import page, panels, sections
 from subl_jax.report.table import MISSING, interval, number, p_cell, percent, readout_text, size_text
@@ -165,7 +166,7 @@ def _competence(document: Mapping[str, Any], setting: str) -> str:
     rows = []
     for row in panels.rows_of(document, setting):
         for condition, values in row["conditions"].items():
-            arm = next((arm for arm in row["arms"] if condition == STUDENTS[0] + suffix(arm)), None)
+            arm = next((arm for arm in row["arms"] if condition == STUDENTS[0] + suffix_of(arm)), None)
             ratio = None if arm is None else row["transfer_ratio"].get(arm, {}).get("estimate")
             cells = [condition, number(ratio), number(values["utility"]), percent(values["unparseable"])]
             cells += [percent(values["no_action"]), number(values["log_odds"])]

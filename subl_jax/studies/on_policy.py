@@ -299,7 +299,7 @@ class SeedStudy:
 def study_stages(runs: Sequence[SeedStudy], workdir: Path) -> list[Stage]:
     """All stages of all seeds."""
     first = runs[0]
-    shared = tokenizer_stage(first.config, first.setting, workdir)
+    shared = tokenizer_stage(first.config, first.setting, workdir, first.models.teacher_size)
     return [shared, *(stage for run in runs for stage in run.stages())]
 
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from subl_jax.config import suffix_of
 from subl_jax.grid import cells
 from subl_jax.grid.analysis import analyse
-from subl_jax.grid.pairs import PAIRS, PairSpec, suffix
+from subl_jax.grid.pairs import PAIRS, PairSpec
 from subl_jax.grid.protocol import GridProtocol, make_grid_protocol
 from subl_jax.presets import tiny
 from subl_jax.settings.registry import get_setting
@@ -49,8 +50,8 @@ def rates(spec: PairSpec, condition: str) -> tuple[float, float]:
         return MODELS[condition]
     if condition == "positive_student":
         return 0.92, 0.03
-    arm = next(each for each in ("hard", "full") if condition.endswith(suffix(each)))
-    teacher = condition.removesuffix(suffix(arm)).replace("student", "teacher")
+    arm = next(each for each in ("hard", "full") if condition.endswith(suffix_of(each)))
+    teacher = condition.removesuffix(suffix_of(arm)).replace("student", "teacher")
     reached = TRANSFER[spec.name][arm]
     bias, counter = (
         start + reached * (end - start) for start, end in zip(MODELS["base"], MODELS[teacher], strict=True)

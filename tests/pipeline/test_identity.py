@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from subl_jax import artifacts, conditions, config, experiment, presets
+from subl_jax import artifacts, conditions, config, experiment, groundwork, presets
 from subl_jax.config import override
 from subl_jax.evaluate import protocol as protocols
 from subl_jax.models import decoder
@@ -104,3 +104,16 @@ def test_a_machine_on_which_no_episode_fits_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda devices: 2**20)
     with pytest.raises(ValueError, match=r"do not fit.*--config\.rollout\.context"):
         conditions.with_slots(changed(rollout__slots=0), tmp_path)
+
+
+@pytest.mark.parametrize("pair", ["large_small", "small_large", "small_small", "large_other_tokenizer"])
+def test_the_tokenizer_of_a_pair_is_its_teachers_and_another_ones_its_students(pair, tmp_path, monkeypatch):
+    teacher, student = dataclasses.replace(TINY, pair=pair).sizes()
+    monkeypatch.setattr(groundwork.sources, "checkpoints", lambda run: {size: tmp_path / size for size in run.sizes()})
+    monkeypatch.setattr(groundwork.tokenizers, "load", lambda folder: folder)
+    monkeypatch.setattr(groundwork.tokenizers, "fingerprint", lambda folder: folder.name)
+    found = groundwork.groundwork(dataclasses.replace(TINY, pair=pair), SETTING, tmp_path, [0])
+    expected = {"tokenizer": teacher}
+    if pair == "large_other_tokenizer":
+        expected["tokenizer@other_tokenizer"] = student
+    assert {stage.name: stage.key["tokenizer"] for stage in found if stage.name != "audit"} == expected
