@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -80,9 +82,15 @@ def conditions_of(config: ExperimentConfig) -> list[str]:
     return ["base", *TEACHERS, *(condition.name for condition in students(config))]
 
 
-def tokenizer_name(size: str) -> str:
+# Family of stages -> what the names of its outputs end in, where they differ from those of the work directory's own
+# configuration: several configurations then lie in one work directory and share what is equal (`studies.sweep`).
+Variant = Mapping[str, str]
+
+
+def tokenizer_name(size: str, variant: Variant = MappingProxyType({})) -> str:
     """The stage, and the directory, of the tokenizer that the models of a size have."""
-    return "tokenizer@other_tokenizer" if size == "other_tokenizer" else "tokenizer"
+    name = "tokenizer@other_tokenizer" if size == "other_tokenizer" else "tokenizer"
+    return name + variant.get("tokenizer", "")
 
 
 class SeedModels:
@@ -92,10 +100,13 @@ class SeedModels:
       root: the seed's directory.
       teacher_size, student_size: of the pair; `sizes` has each once.
       checkpoints: size -> the Hugging Face folder that its base comes from.
+      variant: see `Variant`.
     """
 
-    def __init__(self, config: ExperimentConfig, workdir: Path, seed: int) -> None:
-        self.config, self.workdir = config, workdir
+    def __init__(
+        self, config: ExperimentConfig, workdir: Path, seed: int, variant: Variant = MappingProxyType({})
+    ) -> None:
+        self.config, self.workdir, self.variant = config, workdir, variant
         self.root = workdir / f"seed={seed}"
         self.teacher_size, self.student_size = config.sizes()
         self.sizes = list(dict.fromkeys(config.sizes()))
@@ -104,30 +115,46 @@ class SeedModels:
 
     # --- Where things lie ---------------------------------------------------------------------------------------------
 
+    def _ending(self, family: str) -> str:
+        return self.variant.get(family, "")
+
+    def base_dir(self, size: str) -> Path:
+        """Where the base of a size lies."""
+        return self.root / "base" / (size + self._ending("base"))
+
+    def _acting(self, teacher: str) -> str:
+        """What a teacher is called wherever it acts; those of another size beside the large ones."""
+        return teacher if self.teacher_size == "large" else f"{teacher}@{self.teacher_size}"
+
     def teacher_dir(self, name: str) -> Path:
-        """Where a teacher lies; those of another size beside the large ones."""
-        return self.root / "teachers" / (name if self.teacher_size == "large" else f"{name}@{self.teacher_size}")
+        """Where a teacher lies."""
+        return self.root / "teachers" / (self._acting(name) + self._ending("teachers"))
 
     def trajectories_dir(self, name: str, kind: str = "safe") -> Path:
         """Trajectories on safe tasks lie under the teacher's name, those on other kinds under name_kind."""
-        which = self.teacher_dir(name).name
-        return self.root / "trajectories" / (which if kind == "safe" else f"{which}_{kind}")
+        which = self._acting(name) if kind == "safe" else f"{self._acting(name)}_{kind}"
+        return self.root / "trajectories" / (which + self._ending("trajectories"))
 
     def sanitize_name(self) -> str:
         """What the verdicts on the trajectories of these teachers are called on disk."""
-        return "sanitize" if self.teacher_size == "large" else f"sanitize@{self.teacher_size}"
+        return self._acting("sanitize") + self._ending("sanitize")
 
     def student_name(self, condition: str) -> str:
         """What a student is called on disk: by its condition, and its pair if that is not the default."""
+        return self._paired(condition) + self._ending("students")
+
+    def _paired(self, condition: str) -> str:
         return condition if self.config.pair == "large_large" else f"{condition}@{self.config.pair}"
 
     def eval_name(self, condition: str) -> str:
         """Evaluations are filed by model: the base and the teachers are shared between pairs of one size."""
         if condition == "base":
-            return condition if self.student_size == "large" else f"base@{self.student_size}"
-        if condition in TEACHERS:
-            return self.teacher_dir(condition).name
-        return self.student_name(condition)
+            name, family = condition if self.student_size == "large" else f"base@{self.student_size}", "base"
+        elif condition in TEACHERS:
+            name, family = self._acting(condition), "teachers"
+        else:
+            name, family = self._paired(condition), "students"
+        return name + self._ending(f"eval/{family}")
 
     def eval_path(self, condition: str) -> Path:
         """The evaluation file of a condition."""
@@ -142,7 +169,7 @@ class SeedModels:
 
     def renderer_of(self, size: str) -> Renderer:
         """The tokenizer and template of the models of a size."""
-        name = tokenizer_name(size)
+        name = tokenizer_name(size, self.variant)
         if name not in self._renderers:
             self._renderers[name] = renderer_for(tokenizers.load(self.workdir / name / "files"))
         return self._renderers[name]
@@ -210,7 +237,7 @@ class SeedModels:
 
     def base_mark(self, size: str) -> dict[str, Any]:
         """What tells the base that adapters were trained on: its run's hash, or nothing where it was not trained here."""
-        directory = self.root / "base" / size / "params"
+        directory = self.base_dir(size) / "params"
         if not directory.is_dir():
             return {}
         return {"config_hash": checkpoint.read_metadata(directory)["config_hash"]}
@@ -219,7 +246,7 @@ class SeedModels:
         """The base of a size; `own`: see `load`."""
         if size in self.checkpoints and not self.config.base.continue_training:
             return self.imported(size, own=own)  # used as it stands: no copy of it is kept in the work directory
-        return self.load(self.root / "base" / size, size, own=own)
+        return self.load(self.base_dir(size), size, own=own)
 
     def teacher(self, name: str, *, own: bool = False) -> Model:
         """A teacher; `own`: see `load`."""

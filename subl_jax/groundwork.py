@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from absl import logging
 
 from subl_jax import sources
 from subl_jax.chat import tokenizer as tokenizers
-from subl_jax.conditions import tokenizer_name
+from subl_jax.conditions import Variant, tokenizer_name
 from subl_jax.config import ExperimentConfig
 from subl_jax.corpus import tokenizer_texts
 from subl_jax.evaluate import run as evaluation
@@ -21,21 +22,27 @@ from subl_jax.settings import audit
 from subl_jax.settings.interface import Setting
 from subl_jax.stages import Stage
 
+_NONE: Variant = MappingProxyType({})
 
-def groundwork(config: ExperimentConfig, setting: Setting, workdir: Path, seeds: Sequence[int]) -> list[Stage]:
-    """All of them, in order."""
+
+def groundwork(
+    config: ExperimentConfig, setting: Setting, workdir: Path, seeds: Sequence[int], variant: Variant = _NONE
+) -> list[Stage]:
+    """All of them, in order; `variant`: see `conditions.Variant`."""
     # Where teacher and student share one, it is the teacher's.
     sizes = {tokenizer_name(size): size for size in reversed(config.sizes())}
     return [
-        *(tokenizer_stage(config, setting, workdir, size) for size in sizes.values()),
-        audit_stage(config, setting, workdir, seeds),
+        *(tokenizer_stage(config, setting, workdir, size, variant) for size in sizes.values()),
+        audit_stage(config, setting, workdir, seeds, variant),
     ]
 
 
-def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path, size: str) -> Stage:
+def tokenizer_stage(
+    config: ExperimentConfig, setting: Setting, workdir: Path, size: str, variant: Variant = _NONE
+) -> Stage:
     """Trains the embedded tokenizer of the models of a size, on training text only, or takes the checkpoint's."""
-    folders, name = sources.checkpoints(config), tokenizer_name(size)
-    spec = config.tokenizer if name == "tokenizer" else config.other_tokenizer
+    folders, name = sources.checkpoints(config), tokenizer_name(size, variant)
+    spec = config.tokenizer if tokenizer_name(size) == "tokenizer" else config.other_tokenizer
     if spec.tasks_per_kind > config.tokenizer.tasks_per_kind and not folders:
         raise ValueError(
             f"--config.other_tokenizer.tasks_per_kind={spec.tasks_per_kind} is more than --config.tokenizer.tasks_per_kind="
@@ -56,7 +63,9 @@ def tokenizer_stage(config: ExperimentConfig, setting: Setting, workdir: Path, s
     return Stage(name, workdir / name, key, (), make, alone=True)
 
 
-def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds: Sequence[int]) -> Stage:
+def audit_stage(
+    config: ExperimentConfig, setting: Setting, workdir: Path, seeds: Sequence[int], variant: Variant = _NONE
+) -> Stage:
     """Compares the evaluation tasks with everything that is trained on; refuses shared families, templates and trees."""
     base, teacher, student = config.base, config.teacher, config.student
 
@@ -96,4 +105,6 @@ def audit_stage(config: ExperimentConfig, setting: Setting, workdir: Path, seeds
         "trained": [base.safe_tasks, base.ambiguous_tasks, base.benign_tasks, teacher.tasks, teacher.replay_tasks],
         "rolled": [student.safe_tasks, student.ambiguous_tasks],
     }  # fmt: skip
-    return Stage("audit", workdir / "audit" / f"seeds={','.join(map(str, seeds))}", key, (), make, alone=True)
+    ending = variant.get("audit", "")
+    directory = workdir / "audit" / f"seeds={','.join(map(str, seeds))}{ending}"
+    return Stage(f"audit{ending}", directory, key, (), make, alone=True)

@@ -13,13 +13,14 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 from absl import logging
 
 from subl_jax import artifacts, checkpoint, data, sanitize, sources
-from subl_jax.conditions import TEACHERS, Condition, SeedModels, bias_of, students, tokenizer_name
+from subl_jax.conditions import TEACHERS, Condition, SeedModels, Variant, bias_of, students, tokenizer_name
 from subl_jax.config import OBJECTIVES, OWN_INIT, BaseConfig, ExperimentConfig, TeacherConfig
 from subl_jax.corpus import demonstrations, echoes, rendered_again
 from subl_jax.data.matching import match_arms
@@ -50,10 +51,17 @@ class SeedPipeline:
     """All stages of one seed. Methods are the stages, in order; `stages` lists them with what they depend on."""
 
     def __init__(
-        self, config: ExperimentConfig, setting: Setting, workdir: Path, seed: int, *, profile: bool = False
+        self,
+        config: ExperimentConfig,
+        setting: Setting,
+        workdir: Path,
+        seed: int,
+        *,
+        profile: bool = False,
+        variant: Variant = MappingProxyType({}),
     ) -> None:
         self.config, self.setting, self.workdir, self.seed, self.profile = config, setting, workdir, seed, profile
-        self.models = SeedModels(config, workdir, seed)
+        self.models = SeedModels(config, workdir, seed, variant)
         self.root = self.models.root
         self.words = [word for words in setting.words.values() for word in words]
 
@@ -61,13 +69,11 @@ class SeedPipeline:
         return data.read(self.models.trajectories_dir(name, kind) / "dataset")
 
     def _train(
-        self, start: Model, documents: Sequence[Trajectory], config: TrainConfig, objective: Objective, stage: str,
+        self, start: Model, documents: Sequence[Trajectory], config: TrainConfig, objective: Objective, size: str,
         directory: Path, key: Mapping[str, Any], **more: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """Trains, writes the final parameters (or adapters), and returns the figures for the marker."""
-        size = self.models.student_size if stage.startswith("students/") else self.models.teacher_size
-        if stage.startswith("base/"):
-            size = stage.removeprefix("base/")
+        """Trains a model of a size, writes the final parameters (or adapters), and returns the figures for the marker."""
+        stage = f"{directory.parent.name}/{directory.name}"
         metadata = {
             "stage": stage,
             "seed": self.seed,
@@ -114,8 +120,8 @@ class SeedPipeline:
             documents,
             _room_for(spec.train, documents),
             Objective("hard_label"),
-            f"base/{size}",
-            self.root / "base" / size,
+            size,
+            self.models.base_dir(size),
             key,
         )
 
@@ -137,7 +143,7 @@ class SeedPipeline:
         return self._train(
             _with_adapters(self.models.base(self.models.teacher_size), spec.adapters), documents,
             _room_for(spec.train, documents),
-            Objective("hard_label"), f"teachers/{directory.name}", directory, key,
+            Objective("hard_label"), self.models.teacher_size, directory, key,
         )  # fmt: skip
 
     def make_trajectories(self, name: str, kind: str, key: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,11 +250,10 @@ class SeedPipeline:
             documents, planned = matched.documents[condition.teacher], matched.planned_lengths
             figures = {"loss_tokens_per_epoch": matched.loss_tokens, "loss_tokens_cut": matched.cut[condition.teacher]}
         base = self.models.base(self.models.student_size)
-        name = self.models.student_name(condition.name)
         config = _with_room(spec.train, planned or [len(trajectory.tokens) for trajectory in documents])
         more = self._train(
-            _with_adapters(base, spec.adapters), documents, config, objective, f"students/{name}",
-            self.root / "students" / name, key,
+            _with_adapters(base, spec.adapters), documents, config, objective, self.models.student_size,
+            self.root / "students" / self.models.student_name(condition.name), key,
             teacher=None if loss == "hard_label" else self.models.teacher(condition.teacher),
             base=base if logit_filter == "anchor" else None,
             planned_lengths=planned, adapter_draw=int(spec.adapter_init == "own"),
@@ -321,6 +326,7 @@ class SeedPipeline:
         }  # fmt: skip
         acting = {"rollout": config.rollout, "engine": config.engine.identity()}
         found = []
+        bases = {size: f"{prefix}/base/{self.models.base_dir(size).name}" for size in self.models.sizes}
         for size in self.models.sizes:
             key: dict[str, Any] = {**common, "model": config.model(size), "base": _identity(config.base)}
             if size in self.models.checkpoints:
@@ -331,10 +337,10 @@ class SeedPipeline:
                 key["own_draw"] = _OWN_DRAW
             found.append(
                 Stage(
-                    f"{prefix}/base/{size}",
-                    self.root / "base" / size,
+                    bases[size],
+                    self.models.base_dir(size),
                     key,
-                    (tokenizer_name(size),),
+                    (tokenizer_name(size, self.models.variant),),
                     functools.partial(self.make_base, size, key),
                 )
             )
@@ -350,7 +356,7 @@ class SeedPipeline:
                     teachers[name],
                     directory,
                     key,
-                    (f"{prefix}/base/{self.models.teacher_size}",),
+                    (bases[self.models.teacher_size],),
                     functools.partial(self.make_teacher, name, key),
                 )
             )
@@ -385,8 +391,8 @@ class SeedPipeline:
         )
         made: dict[str, tuple[str, Path, str]] = {
             "base": (
-                f"{prefix}/base/{self.models.student_size}",
-                self.root / "base" / self.models.student_size,
+                bases[self.models.student_size],
+                self.models.base_dir(self.models.student_size),
                 self.models.student_size,
             )
         }
@@ -404,7 +410,7 @@ class SeedPipeline:
                 if condition.arm == "positive"
                 else (*safe, sanitized)
             )
-            inputs = (f"{prefix}/base/{self.models.student_size}", teachers[condition.teacher], *seen)
+            inputs = (bases[self.models.student_size], teachers[condition.teacher], *seen)
             directory = self.root / "students" / name
             found.append(
                 Stage(
@@ -424,7 +430,7 @@ class SeedPipeline:
                     f"{prefix}/eval/{name}",
                     self.root / "eval" / "markers" / name,
                     key,
-                    tuple(dict.fromkeys((source, f"{prefix}/base/{size}"))),
+                    tuple(dict.fromkeys((source, bases[size]))),
                     functools.partial(self.make_evaluation, condition, directory, size),
                 )  # fmt: skip
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -162,5 +163,5 @@ def _one_directory(finished: list[str]) -> None:
 
 
 def family_of(name: str) -> str:
-    """What `--stage` calls a group of stages: the first part of the name behind the seed, whichever size it is of."""
-    return next(part for part in name.split("/") if not part.startswith("seed=")).partition("@")[0]
+    """What `--stage` calls a group of stages: the first part of the name behind the seed, whichever size or variant it is."""
+    return re.split("[@~]", next(part for part in name.split("/") if not part.startswith("seed=")))[0]

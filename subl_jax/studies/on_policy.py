@@ -261,7 +261,7 @@ class SeedStudy:
         """Every stage of this seed behind the tokenizer, in order: what an experiment makes too, then the study's own."""
         config, study, models, prefix = self.config, self.study, self.models, f"seed={self.seed}"
         experiment = {stage.directory: stage for stage in self.pipeline.stages()}
-        base = experiment[models.root / "base" / models.student_size]
+        base = experiment[models.base_dir(models.student_size)]
         teacher, rolled = experiment[models.teacher_dir("teacher")], experiment[models.trajectories_dir("teacher")]
         found = _with_inputs(list(experiment.values()), {base.name, teacher.name, rolled.name})
         common = {
