@@ -18,6 +18,7 @@ WORKLOADS: Mapping[str, str] = {
     "multiturn": "subl_jax.benchmark.multiturn",
     "distill": "subl_jax.benchmark.distill",
     "pipeline": "subl_jax.benchmark.pipeline",
+    "seeds": "subl_jax.benchmark.seeds",
 }
 
 
