@@ -89,7 +89,8 @@ def per_token_kl(
 def _mesh_of(params: Any) -> jax.sharding.Mesh | None:
     """The mesh that parameters lie on; None: one device."""
     where = jax.tree.leaves(params)[0].sharding
-    return where.mesh if isinstance(where, jax.sharding.NamedSharding) and where.mesh.size > 1 else None
+    mesh = where.mesh if isinstance(where, jax.sharding.NamedSharding) else None
+    return mesh if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1 else None
 
 
 @functools.lru_cache(maxsize=16)

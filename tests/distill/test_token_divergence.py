@@ -97,9 +97,8 @@ def test_models_on_a_mesh_say_what_they_say_on_one_device():
     layout = Layout(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), "kv_replicated")
     placed = [Model(each.config, axes.place(each.params, each.config, layout)) for each in (FIRST, SECOND)]
     documents = tiny.documents(5, seed=6)
-    for one, other in zip(
-        per_token_kl(FIRST, SECOND, documents, 16), per_token_kl(*placed, documents, 16), strict=True
-    ):
+    here, there = per_token_kl(FIRST, SECOND, documents, 16), per_token_kl(placed[0], placed[1], documents, 16)
+    for one, other in zip(here, there, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
