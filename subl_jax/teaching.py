@@ -150,8 +150,8 @@ class _Material:
         """An arm's documents with the configured share of loss tokens, by KL(biased || counter-bias teacher) on them."""
         spec, values = self.spec, []
         if spec.tokens != "random":
-            pair = (self.models.teacher(name) for name in TEACHERS[:2])
-            values = per_token_kl(*pair, documents, spec.train.row_tokens)
+            biased, counter = (self.models.teacher(name) for name in TEACHERS[:2])
+            values = per_token_kl(biased, counter, documents, spec.train.row_tokens)
         assert spec.tokens != "all"
         return keep_tokens(documents, values, spec.tokens, spec.token_share, self.seed)
 
@@ -171,7 +171,7 @@ def cached_teachers(models: SeedModels, lesson: Lesson, directory: Path) -> tupl
       CacheMismatch: a cache of something else stands there.
     """
 
-    def cached(documents: Sequence[Trajectory], teacher: Model | None, place: Path) -> CacheReader:
+    def cached(documents: Sequence[Trajectory], teacher: teacher_cache.Model | None, place: Path) -> CacheReader:
         assert teacher is not None
         shared = min(teacher.config.known_tokens, lesson.student.config.known_tokens)
         told = teacher_cache.identity(
