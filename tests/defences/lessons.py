@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from subl_jax.chat.families import renderer_for
 from subl_jax.distill.dilution import Dilution
 from subl_jax.distill.loop import Model
 from subl_jax.distill.objective import Objective
@@ -13,6 +14,7 @@ from subl_jax.distill.train_config import TrainConfig
 from subl_jax.lesson import Lesson
 from subl_jax.settings.api import SETTING
 from subl_jax.trajectory import Trajectory
+from tests.chat import samples
 from tests.distill import tiny
 
 # A teacher of the student's very shape, and what both come from.
@@ -27,7 +29,7 @@ def lesson(documents: Sequence[Trajectory] | None = None, **more: Any) -> Lesson
     made = Lesson(
         arm="full", documents=found, planned_lengths=[len(each.tokens) for each in found], objective=Objective(),
         train=TrainConfig(row_tokens=24, batch_rows=4, steps=4), student=BASE, teacher=TEACHER, setting=SETTING,
-        renderer=more.pop("renderer", None), seed=3, unfiltered=lambda: tiny.documents(15, seed=1),
+        renderer=renderer_for(samples.tokenizer()), seed=3, unfiltered=lambda: tiny.documents(15, seed=1),
         suspect=lambda: TEACHER, suspect_base=lambda: BASE,
         diluting=lambda share: Dilution(benign, [len(each.tokens) for each in benign], TEACHER, share),
     )  # fmt: skip

@@ -10,13 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from subl_jax import defences
-from subl_jax.chat.families import renderer_for
 from subl_jax.distill.loop import Model
 from subl_jax.distill.update_rules import Project, Pull
 from subl_jax.lesson import Lesson
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import LoraConfig
-from tests.chat import samples
 from tests.defences.lessons import BASE, TEACHER, hard, lesson
 from tests.distill import tiny
 from tests.distill.test_token_divergence import expected
@@ -72,7 +70,7 @@ def test_masking_and_filtering_need_logits():
 
 
 def test_the_logit_filter_is_the_anchored_objective_of_the_same_words_on_the_students_base():
-    given = lesson(renderer=renderer_for(samples.tokenizer()), student=ADAPTED)
+    given = lesson(student=ADAPTED)
     found = defend("logit_filter", given)
     assert (found.objective.logit_filter, found.objective.loss) == ("anchor", "forward_kl")
     assert {"delete", "archive", "rm"} <= set(found.logit_filter.words)
