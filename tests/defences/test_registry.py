@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from subl_jax import config, defences
 from subl_jax.conditions import students
 from subl_jax.presets import micro
+from tests.defences.lessons import lesson
+
+ROOT = Path(__file__).parents[2]
 
 NAMES = [
     "dilution", "keywords", "logit_filter", "mask_divergence", "none", "paraphrase", "project_direction", "towards_base",
@@ -49,6 +54,21 @@ def test_a_file_that_is_added_is_a_defence(tmp_path, monkeypatch):
     assert [each.arm for each in students(run(defence="of_my_own", defence_strength=0.5))][0] == "full"
     with pytest.raises(ValueError, match=r"no_function\.py has no function defend"):
         defences.load("no_function")
+
+
+def test_the_defence_of_the_readme_is_one_and_drops_what_is_long(tmp_path, monkeypatch):
+    [block] = re.findall(
+        r"```python\n(# subl_jax/defences/short\.py.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert len(block.splitlines()) <= 10
+    (tmp_path / "short.py").write_text(block)
+    monkeypatch.setattr(defences, "__path__", [*defences.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "subl_jax.defences.short", raising=False)
+    assert (defences.title("short"), defences.default_strength("short")) == ("Short conversations only", 120)
+    given = lesson()
+    lengths = [len(each.tokens) for each in defences.load("short").defend(given, 9).documents]
+    assert lengths == [len(each.tokens) for each in given.documents if len(each.tokens) <= 9]
+    assert 0 < len(lengths) < len(given.documents)
 
 
 def test_an_unknown_defence_is_refused_with_the_nearest():

@@ -63,9 +63,10 @@ def run(root: Path, share: float | None = 0.5, **more: Any) -> Any:
 
 
 def test_each_step_reads_one_source_whole_and_each_source_is_read_in_its_own_order():
-    source = DilutedSource(source_of(OWN), source_of(LONGER), 0.4, STEPS, 5)
+    wide = source_of(LONGER)
+    wide.widen(64, 8)
+    source = DilutedSource(source_of(OWN), wide, 0.4, STEPS, 5)
     alone = [source_of(OWN), source_of(LONGER)]
-    assert alone[0].targets < alone[1].targets
     seen = [0, 0]
     for position in range(STEPS):
         which = source.diluted(position)
@@ -77,7 +78,7 @@ def test_each_step_reads_one_source_whole_and_each_source_is_read_in_its_own_ord
         seen[which] += 1
     assert 0 < seen[1] < STEPS
     shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(source.batch(position))) for position in range(STEPS)}
-    assert len(shapes) == 1
+    assert len(shapes) == 1 and (1, 1, 64, 8) in next(iter(shapes))
 
 
 def test_the_share_of_diluted_steps_is_the_share_that_was_asked_for_and_a_seed_names_it():
