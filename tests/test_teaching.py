@@ -224,7 +224,8 @@ def test_a_dilution_is_the_benign_arm_of_the_same_tasks_in_every_arm(tmp_path, f
 def test_a_top_k_cache_is_written_once_and_refused_for_other_documents(tmp_path):
     [(lesson, _), *_] = lessons(tmp_path, "top_k", dilution=0.5).values()
     models = Models(micro(), tmp_path)
-    cache, taught = teaching.cached_teachers(models, lesson, tmp_path / "student")
+    cache, made = teaching.cached_teachers(models, lesson, tmp_path / "student")
+    taught: Any = made
     assert taught.teacher is None and taught.dilution.teacher is None
     assert cache.k == teaching.TOP_K and taught.dilution.cache.k == teaching.TOP_K
     assert int(cache.counts().sum()) == sum(int(d.loss_mask.sum()) for d in lesson.documents)

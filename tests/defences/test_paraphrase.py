@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_a_dilution_is_reworded_too():
     documents = rendered_again(renderer, conversations("api", 12))
     given = lesson(documents, renderer=renderer)
     given = dataclasses.replace(given, dilution=dataclasses.replace(given.diluting(0.5), documents=documents))
-    found = defend(given)
+    found: Any = defend(given)
     assert [d.task_id for d in found.dilution.documents] == [d.task_id for d in found.documents]
     for one, other in zip(found.dilution.documents, found.documents, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
