@@ -88,7 +88,8 @@ class BatchSource:
       cached: adds the teacher's top-k of every loss token.
 
     Raises:
-      ValueError: rows that do not divide into parts and groups; a batch without a loss token.
+      ValueError: rows that do not divide into parts and groups.
+      packing.MaskError: a batch without a loss token.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class BatchSource:
         counts = [self._per_group(self._stream.rows(step)) for step in range(steps)]
         empty = [step for step, found in enumerate(counts) if not sum(found)]
         if empty:
-            raise ValueError(
+            raise packing.MaskError(
                 f"the batch of step {empty[0]} has no loss token (and {len(empty) - 1} more batches have none): it would train "
                 "on nothing; keep more loss tokens, or set --config.<stage>.train.batch_rows higher"
             )
