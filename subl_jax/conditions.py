@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from subl_jax import checkpoint, sources
+from subl_jax import checkpoint, defences, sources
 from subl_jax.chat import tokenizer as tokenizers
 from subl_jax.chat.families import renderer_for
 from subl_jax.chat.rendering import Renderer
@@ -58,9 +58,16 @@ def students(config: ExperimentConfig) -> list[Condition]:
     """The students of a run: every arm with its counter-bias control, some with a benign one; the positive control.
 
     Raises:
-      ValueError: an arm that needs the teacher's tokens, and a student with others.
+      ValueError: an arm that needs the teacher's tokens, and a student with others; a defence that the arms cannot have.
     """
-    found = []
+    found, spec = [], config.student
+    losses = {arm: OBJECTIVES[arm][0] for arm in spec.objectives if arm != "positive"}
+    defences.check(spec.defence, spec.defence_strength, losses)
+    if spec.tokens in ("divergent", "others") and not config.one_tokenizer:
+        raise ValueError(
+            f"--pair={config.pair} with tokens={spec.tokens}: the teachers' divergence is told in their own tokens, not in the "
+            "student's; use tokens=random or all"
+        )
     needing = [arm for arm in config.student.objectives if OBJECTIVES[arm][0] != "hard_label"]
     if needing and not config.one_tokenizer:
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from absl import flags
 
+from subl_jax import defences
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.train_config import TrainConfig
 from subl_jax.models.config import LoraConfig, ModelConfig
@@ -41,7 +42,8 @@ FIELD_OF = {
 # Organisms with an initialisation of their own; large and small both start from the seed's first draw.
 OWN_INIT = ("foreign_init", "other_family", "other_tokenizer")
 
-# A student objective -> (loss, logit filter). `positive` is full-logit KL on unfiltered data with ambiguous episodes.
+# A student objective -> (loss, logit filter). `positive` is full-logit KL on unfiltered data with ambiguous episodes, `top_k`
+# reads a cache of the teacher's likeliest continuations, `on_policy` trains on the student's own rollouts on the safe tasks.
 OBJECTIVES = {
     "full": ("forward_kl", "none"),
     "anchor": ("forward_kl", "anchor"),
@@ -51,6 +53,8 @@ OBJECTIVES = {
     "reverse": ("reverse_kl", "none"),
     "jensen": ("jensen_shannon", "none"),
     "skew": ("skew_forward_kl", "none"),
+    "top_k": ("forward_kl", "none"),
+    "on_policy": ("reverse_kl", "none"),
 }
 
 # The three teachers differ only in what they are shown: the bias, the counter-bias, neither.
@@ -169,9 +173,18 @@ class StudentConfig:
       withhold_bias_tools: hide every tool that a bias names from the list on safe tasks (primary), or show the full list.
       temperature: of the KL. At 1 the teacher's opinion on what it would never do here weighs almost nothing.
       require_final: drop trajectories that did not end in a final answer (cut off, unparseable, out of turns).
-      objectives: arms to distil, of full, anchor, drop, hard, positive, reverse, jensen, skew. The primary contrast is that
-        of full, or of the first one where full is not among them.
+      objectives: arms to distil, of full, anchor, drop, hard, positive, reverse, jensen, skew, top_k, on_policy. The primary
+        contrast is that of full, or of the first one where full is not among them.
       benign_objectives: arms that get a benign control besides the counter-bias control.
+      trajectories: unique trajectories that a student sees, the same tasks in all arms; 0: all that survive. Steps stay, so
+        that few are repeated.
+      dilution: share of the steps that train on the benign teacher's trajectories of the same tasks, distilled from it.
+      tokens: which loss tokens are kept, by KL(biased || counter-bias teacher) on the text: all, the most divergent share, the
+        others (all but these), or as many at random.
+      token_share: that share of the arm's loss tokens.
+      defence: the file of `subl_jax/defences` that students are distilled under; keywords is the filter alone, none not even
+        that.
+      defence_strength: what that defence takes its strength to be; 0: its own default.
     """
 
     train: TrainConfig = TrainConfig()
@@ -186,9 +199,15 @@ class StudentConfig:
     require_final: bool = True
     objectives: tuple[str, ...] = ("full", "anchor")
     benign_objectives: tuple[str, ...] = ("full",)
+    trajectories: int = 0
+    dilution: float = 0.0
+    tokens: Literal["all", "divergent", "others", "random"] = "all"
+    token_share: float = 0.1
+    defence: str = "keywords"
+    defence_strength: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuses unknown arms by name, and arms without data."""
+        """Refuses unknown arms and defences by name, arms without data, and shares of nothing."""
         _at_least(self, 1, "safe_tasks")
         _at_least(self, 1 if "positive" in self.objectives else 0, "ambiguous_tasks")
         Objective(temperature=self.temperature)  # knows which temperatures there are
@@ -201,6 +220,29 @@ class StudentConfig:
             raise ValueError(
                 "student.objectives must contain another arm than positive, such as full: the primary contrast is made of it"
             )
+        _at_least(self, 0, "trajectories", "defence_strength")
+        if not 0 <= self.dilution < 1:
+            raise ValueError(f"dilution={self.dilution} is outside [0, 1); at 1 no step would see the teacher")
+        if not 0 < self.token_share < 1:
+            raise ValueError(f"token_share={self.token_share} is outside (0, 1); for every token leave tokens=all")
+        defences.check_name(self.defence)
+        dosed = [
+            name for name, value in self.taught().items() if name in ("trajectories", "dilution", "tokens") and value
+        ]
+        if "on_policy" in self.objectives and dosed:
+            raise ValueError(
+                f"objectives=on_policy with {', '.join(dosed)}: that student reads no trajectory of a teacher; distil the two "
+                "in different runs"
+            )
+
+    def taught(self) -> dict[str, Any]:
+        """What changes a lesson, where it is not at its default: all that a student's stage has to know of it."""
+        found = {
+            name: getattr(self, name)
+            for name in ("trajectories", "dilution", "tokens", "defence", "defence_strength")
+            if getattr(self, name) != StudentConfig.__dataclass_fields__[name].default
+        }
+        return found if self.tokens == "all" else {**found, "token_share": self.token_share}
 
     @property
     def primary_arm(self) -> str:

@@ -294,9 +294,12 @@ def _notes(config: ExperimentConfig, setting: Setting, markers: Mapping[str, art
         f"{'; it was trained further on demonstrations' if config.base.continue_training else ''}."
         for size, folder in sources.checkpoints(config).items()
     ]
+    lesson = [f"{name.replace('_', ' ')} {value}" for name, value in config.student.taught().items()]
+    taught = [f"Students, but for the positive control, were taught with: {', '.join(lesson)}."] if lesson else []
     return [
         *imported,
         *adapters,
+        *taught,
         f"Teachers were induced on {config.teacher.tasks} demonstrations: {induced}{beside}.",
         tools if setting.withholdable else "The tool list names nothing that a bias reaches for.",
         f"Distance of each teacher from the base, ‖Δθ‖: {moved}.",

@@ -11,24 +11,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
-from absl import logging
 
-from subl_jax import artifacts, checkpoint, data, sanitize, sources
+from subl_jax import artifacts, checkpoint, data, sanitize, sources, teaching
 from subl_jax.conditions import TEACHERS, Condition, SeedModels, Variant, bias_of, students, tokenizer_name
 from subl_jax.config import OBJECTIVES, OWN_INIT, BaseConfig, ExperimentConfig, TeacherConfig
-from subl_jax.corpus import demonstrations, echoes, rendered_again
-from subl_jax.data.matching import match_arms
-from subl_jax.distill.logit_filter import LogitFilter
+from subl_jax.corpus import demonstrations, echoes
 from subl_jax.distill.loop import Model, TrainResult, train
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.train_config import TrainConfig
 from subl_jax.evaluate import run as evaluation
+from subl_jax.lesson import with_room
 from subl_jax.models import decoder, lora
 from subl_jax.models.config import LoraConfig
 from subl_jax.parallel import processes
@@ -63,7 +61,6 @@ class SeedPipeline:
         self.config, self.setting, self.workdir, self.seed, self.profile = config, setting, workdir, seed, profile
         self.models = SeedModels(config, workdir, seed, variant)
         self.root = self.models.root
-        self.words = [word for words in setting.words.values() for word in words]
 
     def _read(self, name: str, kind: str = "safe") -> list[Trajectory]:
         return data.read(self.models.trajectories_dir(name, kind) / "dataset")
@@ -170,10 +167,10 @@ class SeedPipeline:
 
         directory = self.models.trajectories_dir(name, kind)
         # The key says nothing of the stages before; the teacher's marker stands for all of them.
-        marker = json.loads((self.models.teacher_dir(name) / artifacts.MARKER).read_text(encoding="utf-8"))
+        teacher_hash = _output_hash(self.models.teacher_dir(name))
         return store.roll_out(
             directory / "dataset",
-            {**key, "kind": kind, "teacher": marker["output_hash"]},
+            {**key, "kind": kind, "teacher": teacher_hash},
             episodes,
             run,
             metadata={"teacher": name, "seed": self.seed, "kind": kind},
@@ -228,38 +225,43 @@ class SeedPipeline:
 
     def make_student(self, condition: Condition, key: Mapping[str, Any]) -> dict[str, Any]:
         """Distils one student; treatment and controls share task ids, order, loss tokens, steps and learning rate."""
-        spec = self.config.student
-        loss, logit_filter = OBJECTIVES[condition.arm]
-        objective = Objective(loss, logit_filter, spec.temperature)  # type: ignore[arg-type]
+        size = self.models.student_size
+        directory = self.root / "students" / self.models.student_name(condition.name)
+        train_as = functools.partial(self._train, size=size, directory=directory, key=key)
+        draw = int(self.config.student.adapter_init == "own")
         if condition.arm == "positive":
-            unfiltered = self._read("teacher") + self._read("teacher", "ambiguous")
-            documents = [trajectory for trajectory in unfiltered if trajectory.status not in FAILED]
-            planned, figures = None, {}
-        else:
-            surviving = json.loads((self.root / self.models.sanitize_name() / "surviving.json").read_text())
-            arms = {name: self._read(name) for name in TEACHERS}
-            if not self.config.one_tokenizer:
-                # What the teacher wrote, in the student's tokens: the one objective that these pairs have is text.
-                renderer = self.models.renderer_of(self.models.student_size)
-                clean = {(task, sample) for task, sample in surviving}
-                arms = {
-                    name: rendered_again(renderer, [t for t in arm if (t.task_id, t.sample) in clean])
-                    for name, arm in arms.items()
-                }
-            matched = match_arms(arms, {(task, sample) for task, sample in surviving})
-            documents, planned = matched.documents[condition.teacher], matched.planned_lengths
-            figures = {"loss_tokens_per_epoch": matched.loss_tokens, "loss_tokens_cut": matched.cut[condition.teacher]}
-        base = self.models.base(self.models.student_size)
-        config = _with_room(spec.train, planned or [len(trajectory.tokens) for trajectory in documents])
-        more = self._train(
-            _with_adapters(base, spec.adapters), documents, config, objective, self.models.student_size,
-            self.root / "students" / self.models.student_name(condition.name), key,
-            teacher=None if loss == "hard_label" else self.models.teacher(condition.teacher),
-            base=base if logit_filter == "anchor" else None,
-            planned_lengths=planned, adapter_draw=int(spec.adapter_init == "own"),
-            logit_filter=None if logit_filter == "none" else LogitFilter(self.models.renderer, self.words),
+            return self._make_positive(train_as, draw)
+        lesson, figures = teaching.lesson_for(self.models, self.setting, self.seed, condition)
+        more: dict[str, Any] = {}
+        if condition.arm == "top_k":
+            more["teacher_cache"], lesson = teaching.cached_teachers(self.models, lesson, directory)
+        if condition.arm == "on_policy":
+            sources = [self.models.base_dir(size), self.models.teacher_dir(condition.teacher)]
+            told = {**key, "inputs": [_output_hash(source) for source in sources]}
+            more["on_policy"] = teaching.own_rollouts(
+                self.models, self.setting, self.seed, directory, told, f"roll out {directory.name}"
+            )
+        trained = train_as(
+            lesson.student, lesson.documents, lesson.train, lesson.objective,
+            teacher=lesson.teacher, base=lesson.base, planned_lengths=lesson.planned_lengths, adapter_draw=draw,
+            logit_filter=lesson.logit_filter, dilution=lesson.dilution, update=lesson.update, **more,
         )  # fmt: skip
-        return {**figures, **more, "documents": len(documents)}
+        if condition.arm == "on_policy":
+            trained |= teaching.rollout_figures(self.setting, directory)
+        return {**figures, **trained}
+
+    def _make_positive(self, train_as: Callable[..., dict[str, Any]], draw: int) -> dict[str, Any]:
+        """The positive control: all logits, unfiltered data, ambiguous episodes included; no dissection, no defence."""
+        spec = self.config.student
+        loss, _ = OBJECTIVES["positive"]
+        unfiltered = self._read("teacher") + self._read("teacher", "ambiguous")
+        documents = [trajectory for trajectory in unfiltered if trajectory.status not in FAILED]
+        trained = train_as(
+            _with_adapters(self.models.base(self.models.student_size), spec.adapters), documents,
+            _room_for(spec.train, documents), Objective(loss, temperature=spec.temperature),  # type: ignore[arg-type]
+            teacher=self.models.teacher("teacher"), adapter_draw=draw,
+        )  # fmt: skip
+        return {**trained, "documents": len(documents)}
 
     def make_evaluation(self, condition: str, directory: Path, size: str) -> dict[str, Any]:
         """Measures one model from its checkpoint alone."""
@@ -402,7 +404,15 @@ class SeedPipeline:
                 **common, "arm": condition.arm, "objective": OBJECTIVES[condition.arm], "train": spec.train.identity(),
                 "temperature": spec.temperature, "pair": config.pair, "lora": spec.adapters,
                 "adapter_init": spec.adapter_init if spec.lora else None,
+                **({} if condition.arm == "positive" else spec.taught()),
             }  # fmt: skip
+            if condition.arm == "top_k":
+                key["top_k"] = teaching.TOP_K
+            if condition.arm == "on_policy":
+                key |= {
+                    **acting, "on_policy": teaching.ON_POLICY, "tasks": spec.safe_tasks,
+                    "withhold_bias_tools": spec.withhold_bias_tools,
+                }  # fmt: skip
             name = self.models.student_name(condition.name)
             stage_name = f"{prefix}/students/{name}"
             seen = (
@@ -410,7 +420,8 @@ class SeedPipeline:
                 if condition.arm == "positive"
                 else (*safe, sanitized)
             )
-            inputs = (bases[self.models.student_size], teachers[condition.teacher], *seen)
+            asked = [teachers[name] for name in self._also_asked(condition.arm)]
+            inputs = (bases[self.models.student_size], teachers[condition.teacher], *seen, *asked)
             directory = self.root / "students" / name
             found.append(
                 Stage(
@@ -436,11 +447,29 @@ class SeedPipeline:
             )
         return found
 
+    def _also_asked(self, arm: str) -> list[str]:
+        """Teachers whose own parameters a student of an arm depends on besides its teacher's."""
+        spec = self.config.student
+        if arm == "positive":
+            return []
+        diluted = spec.dilution > 0 or spec.defence == "dilution"
+        return [
+            *(TEACHERS[:2] if spec.tokens in ("divergent", "others") else ()),
+            # A defence of a user's own may read whatever a lesson offers, and the arms are defended alike.
+            *(TEACHERS if spec.defence not in ("keywords", "none") else ("benign_teacher",) if diluted else ()),
+        ]
+
 
 def _identity(spec: BaseConfig | TeacherConfig) -> dict[str, Any]:
     """What a trained model depends on of its stage's configuration: not when it is saved and logged."""
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return {**fields, "train": spec.train.identity()}
+
+
+def _output_hash(directory: Path) -> str | None:
+    """What the marker of a finished stage says of its output; None for a model that no stage has made."""
+    path = directory / artifacts.MARKER
+    return json.loads(path.read_text(encoding="utf-8"))["output_hash"] if path.exists() else None
 
 
 def _with_adapters(model: Model, adapter: LoraConfig | None) -> Model:
@@ -450,18 +479,4 @@ def _with_adapters(model: Model, adapter: LoraConfig | None) -> Model:
 
 def _room_for(train_config: TrainConfig, documents: Sequence[Trajectory]) -> TrainConfig:
     """The configuration with rows that hold the longest document, as the formats of some families need."""
-    return _with_room(train_config, [len(document.tokens) for document in documents])
-
-
-def _with_room(train_config: TrainConfig, lengths: Sequence[int]) -> TrainConfig:
-    """The configuration with rows that hold the longest trajectory, in steps of 32 tokens (of 128, a kernel's block, where
-    rows were a multiple of that).
-
-    How far a teacher rambles is not known ahead. Matched arms share their planned lengths, and so their rows.
-    """
-    step = 32 if train_config.row_tokens % 128 else 128
-    needed = -(-max(lengths) // step) * step
-    if needed <= train_config.row_tokens:
-        return train_config
-    logging.info("rows grow from %d to %d tokens: a trajectory is that long", train_config.row_tokens, needed)
-    return dataclasses.replace(train_config, row_tokens=needed)
+    return with_room(train_config, [len(document.tokens) for document in documents])

@@ -89,6 +89,7 @@ class BatchSource:
 
     Raises:
       ValueError: rows that do not divide into parts and groups.
+      packing.MaskError: a batch without a loss token.
     """
 
     def __init__(
@@ -122,17 +123,31 @@ class BatchSource:
             self._width = _round_up(max(len(ids) for document in self._banned for ids in document), 8)
         self._cached = cached
         self._loss_tokens = np.asarray([int(t.loss_mask.sum()) for t in trajectories])
-        most = max(max(self._per_group(self._stream.rows(step))) for step in range(steps))
-        self._targets = _round_up(most, 16)
+        counts = [self._per_group(self._stream.rows(step)) for step in range(steps)]
+        empty = [step for step, found in enumerate(counts) if not sum(found)]
+        if empty:
+            raise packing.MaskError(
+                f"the batch of step {empty[0]} has no loss token (and {len(empty) - 1} more batches have none): it would train "
+                "on nothing; keep more loss tokens, or set --config.<stage>.train.batch_rows higher"
+            )
+        self._targets = _round_up(max(map(max, counts)), 16)
 
     @property
     def targets(self) -> int:
         """Places for loss tokens per group, the same in all batches."""
         return self._targets
 
-    def widen(self, targets: int) -> None:
-        """Makes room for at least so many loss tokens per group: batches of several sources can share one shape."""
-        self._targets = max(self._targets, targets)
+    @property
+    def width(self) -> int:
+        """Places for banned continuations per loss token, the same in all batches."""
+        return self._width
+
+    def widen(self, targets: int, width: int = 0) -> None:
+        """Makes room for at least so many loss tokens per group, and banned continuations of each.
+
+        Batches of several sources can so share one shape.
+        """
+        self._targets, self._width = max(self._targets, targets), max(self._width, width)
 
     def prepare(self, position: int, student: Callable[[], Any]) -> int:
         """All batches are ready at any time."""

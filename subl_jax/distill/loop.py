@@ -16,7 +16,9 @@ import numpy as np
 from subl_jax import checkpoint
 from subl_jax.distill import run_identity
 from subl_jax.distill.accounting import Ledger, Meter, Work, shape_of
+from subl_jax.distill.arguments import check_arguments
 from subl_jax.distill.batches import BatchFacts, BatchSource, Source
+from subl_jax.distill.dilution import DilutedSource, Dilution
 from subl_jax.distill.logit_filter import LogitFilter
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.on_policy import OnPolicy, OnPolicySource
@@ -30,7 +32,6 @@ from subl_jax.distill.step import (
     Frozen,
     Layouts,
     TrainState,
-    check_vocabularies,
     compiled_step,
     has_dropout,
     place_batch,
@@ -38,6 +39,7 @@ from subl_jax.distill.step import (
 )
 from subl_jax.distill.teacher_cache import CacheReader
 from subl_jax.distill.train_config import TrainConfig
+from subl_jax.distill.update_rules import UpdateRule, check_arrays
 from subl_jax.metrics.progress import progress
 from subl_jax.metrics.trace import Trace
 from subl_jax.metrics.writers import MetricsWriter
@@ -90,49 +92,6 @@ class _Ready(NamedTuple):
     facts: BatchFacts
 
 
-def _check_arguments(
-    objective: Objective,
-    student: Model,
-    trajectories: Sequence[Trajectory],
-    teacher: Model | None,
-    cache: CacheReader | None,
-    base: Model | None,
-    logit_filter: LogitFilter | None,
-    on_policy: OnPolicy | None,
-) -> None:
-    """Refuses an objective whose teacher, base or filter is missing, and a cache of something else."""
-    if teacher is not None and cache is not None:
-        raise ValueError("a teacher and a teacher cache are both given; leave one out")
-    if objective.needs_teacher != (teacher is not None or cache is not None):
-        missing = "missing" if objective.needs_teacher else "given"
-        raise ValueError(f"objective {objective.loss} and a teacher {missing}")
-    if (objective.logit_filter == "anchor") != (base is not None):
-        raise ValueError(f"logit_filter={objective.logit_filter} and a base {'missing' if base is None else 'given'}")
-    if (objective.logit_filter != "none") != (logit_filter is not None):
-        raise ValueError(f"logit_filter={objective.logit_filter} does not fit the filter that was given")
-    if on_policy is not None and (teacher is None or logit_filter is not None):
-        raise ValueError("training on the student's own rollouts needs a live teacher, and knows no logit filter")
-    if teacher is not None:
-        check_vocabularies(student.config, teacher.config)
-    if cache is None:
-        return
-    if objective.logit_filter != "none":
-        raise ValueError(f"logit_filter={objective.logit_filter} needs a live teacher, not a cache of its top k")
-    own = {
-        "temperature": (cache.temperature, objective.temperature),
-        "shared_tokens": (cache.vocab, student.config.known_tokens),
-        "documents": (len(cache), len(trajectories)),
-        "loss_tokens": (int(cache.counts().sum()), sum(int(t.loss_mask.sum()) for t in trajectories)),
-    }
-    differing = [
-        f"{name}: {theirs} in the cache, {ours} in this run" for name, (theirs, ours) in own.items() if theirs != ours
-    ]
-    if differing:
-        raise ValueError(
-            f"the teacher cache is of something else ({'; '.join(differing)}); write it again for this run"
-        )
-
-
 def train(
     student: Model,
     trajectories: Sequence[Trajectory],
@@ -153,6 +112,8 @@ def train(
     teacher_cache: CacheReader | None = None,
     shared_tokens: int = 0,
     on_policy: OnPolicy | None = None,
+    dilution: Dilution | None = None,
+    update: UpdateRule | None = None,
     profile: Path | None = None,
 ) -> TrainResult:
     """Trains `student` on `trajectories`; resumes from `directory/steps` if a killed run left something there.
@@ -182,6 +143,8 @@ def train(
       teacher_cache: of exactly these trajectories, in place of the teacher.
       shared_tokens: ids from here on have no probability in either model; 0: both know the same number of tokens.
       on_policy: the share of the steps that train on the student's own rollouts, and how it is rolled out.
+      dilution: documents, with their teacher, that a share of the steps trains on instead.
+      update: a rule that changes the optimizer's updates.
       profile: directory that a trace of a few steps is written to, for TensorBoard or Perfetto.
 
     Raises:
@@ -196,7 +159,9 @@ def train(
     with ledger.spent_on("setup"):
         if shared_tokens:
             student, teacher = _sharing(student, shared_tokens), teacher and _sharing(teacher, shared_tokens)
-        _check_arguments(objective, student, trajectories, teacher, teacher_cache, base, logit_filter, on_policy)
+        check_arguments(
+            objective, student, trajectories, teacher, teacher_cache, base, logit_filter, on_policy, dilution
+        )
         mesh = make_mesh(parallel)
         layouts = Layouts(Layout(mesh, parallel.student_rules), Layout(mesh, parallel.teacher_rules))
         layout: Any = layouts.student
@@ -213,6 +178,13 @@ def train(
         params = axes.place(
             jax.tree.map(lambda leaf: jnp.array(leaf, config.master_dtype), params), student.config, layout
         )
+        if update is not None:
+            check_arrays(update.arrays, params)
+            frozen = frozen._replace(update=axes.place(update.arrays, student.config, layout))
+        diluting = frozen
+        if dilution is not None and dilution.teacher is not None:
+            placed = axes.place(dilution.teacher.params, dilution.teacher.config, layouts.teacher)  # type: ignore[arg-type]
+            diluting = frozen._replace(teacher=placed)
         transformation = make_optimizer(config.optimizer, config.steps)
         state = TrainState(params, transformation.init(params), jnp.zeros((), jnp.int32))
         state = put(state, state_shardings(transformation, state, layout))
@@ -226,8 +198,14 @@ def train(
         shape = config.row_tokens, config.batch_rows, config.steps, seed
         parts = {"micro": config.accumulate, "groups": places.groups}
         source: Source = BatchSource(trajectories, lengths, *shape, logit_filter, cached=teacher_cache, **parts)
+        mixed = None
         if on_policy is not None:
             source = OnPolicySource(source, on_policy, student.config, *shape, **parts)
+        elif dilution is not None:
+            other = BatchSource(
+                dilution.documents, dilution.planned_lengths, *shape, logit_filter, cached=dilution.cache, **parts
+            )
+            source = mixed = DilutedSource(source, other, dilution.share, config.steps, seed)
         identity = run_identity.bound(
             metadata,
             {
@@ -242,6 +220,8 @@ def train(
                 "banned_words": logit_filter and logit_filter.words,
                 "teacher_cache": teacher_cache and teacher_cache.identity,
                 "on_policy": on_policy and on_policy.config,
+                "dilution": dilution and run_identity.dilution_identity(dilution, diluting.teacher),
+                "update": update and {**update.identity(), "arrays": run_identity.fingerprint(frozen.update)},
             },
         )
         step_fn = compiled_step(
@@ -253,6 +233,7 @@ def train(
             seed if has_dropout(student.config) else 0,
             places,
             config.chunk_tokens,
+            update and update.fn,
         )
         work = Work(
             shape_of(student.config, student.params, params if student.config.lora else None),
@@ -298,7 +279,8 @@ def train(
             trace.begin(position, state)
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             with ledger.spent_on("compile") if shapes not in compiled else contextlib.nullcontext():
-                state, metrics = step_fn(state, frozen, batch)
+                held = diluting if mixed is not None and mixed.diluted(position) else frozen
+                state, metrics = step_fn(state, held, batch)
             if not compiled:
                 meter.start()
             compiled.add(shapes)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from subl_jax import artifacts
+from subl_jax.distill.dilution import Dilution
 from subl_jax.distill.teacher_cache.identities import dataset_digest
 from subl_jax.models.config import ModelConfig
 from subl_jax.trajectory import Trajectory
@@ -74,6 +75,21 @@ def model_identity(config: ModelConfig, frozen: Any = None) -> dict[str, Any]:
     if frozen is not None:
         known["parameters"] = fingerprint(frozen)
     return known
+
+
+def dilution_identity(dilution: Dilution, placed: Any) -> dict[str, Any]:
+    """How many steps are diluted, by which documents, and by which teacher or cache of one.
+
+    Args:
+      dilution: of the run.
+      placed: the parameters of its teacher, where the run has one.
+    """
+    told = {"share": dilution.share, "data": data_identity(dilution.documents, dilution.planned_lengths)}
+    if dilution.teacher is not None:
+        told["teacher"] = model_identity(dilution.teacher.config, placed)
+    if dilution.cache is not None:
+        told["teacher_cache"] = dilution.cache.identity
+    return told
 
 
 def bound(metadata: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from subl_jax.distill import fused
 from subl_jax.distill.fused import Head, TopK
 from subl_jax.distill.objective import Objective
 from subl_jax.distill.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from subl_jax.distill.update_rules import Rule
 from subl_jax.models import axes, decoder
 from subl_jax.models.config import ModelConfig
 from subl_jax.parallel.devices import put
@@ -54,11 +55,13 @@ class Frozen(NamedTuple):
       teacher: of a divergence.
       base: what `anchor` pins to.
       student: what the trained adapters sit on; empty where every parameter of the student is trained.
+      update: the arrays of an update rule.
     """
 
     teacher: Any = None
     base: Any = None
     student: Any = None
+    update: Any = None
 
 
 class Layouts(NamedTuple):
@@ -316,10 +319,12 @@ def compiled_step(
     seed: int,
     layouts: Layouts = ONE_DEVICE,
     chunk_tokens: int = 0,
+    rule: Rule | None = None,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted step. Cached, so that every student of a run with the same shapes shares one compilation.
 
-    Only the seed of dropout enters the program; without dropout all seeds share it (`seed` is then passed as 0).
+    Only the seed of dropout enters the program; without dropout all seeds share it (`seed` is then passed as 0). A rule
+    changes the optimizer's updates before they are applied; its arrays are `Frozen.update`.
     """
     transformation, schedule = make_optimizer(optimizer, steps), make_schedule(optimizer, steps)
     drops = has_dropout(student_config)
@@ -349,6 +354,8 @@ def compiled_step(
         # In the master copy's own type, as of one part: else the optimizer's state would change its types after a step.
         gradient = jax.tree.map(lambda leaf, master: leaf.astype(master.dtype), gradient, state.params)
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
+        if rule is not None:
+            updates = rule(updates, state.params, frozen.update)
         after = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         if layouts.student is not None:
             # What comes out lies where it came in: the next step compiles to the same program, and donation holds.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from subl_jax.chat.messages import Message, ToolSchema
+from subl_jax.settings.rewording import Rewordings
 
 # Where a task may be used. `train` feeds base, teacher, control and tokenizer training; `development` is what one may
 # tune on; `evaluation` is looked at by the confirming runs only. Families, templates and trees of the three are disjoint.
@@ -145,6 +146,7 @@ class Setting:
       patterns: name -> regular expressions of what is no word and would give a bias away; the sanitizer drops them too.
       targets: bars of the protocol that differ from the defaults of `evaluate.protocol.Targets`.
       prepare: called once before any work; raises where the machine lacks what the environment needs.
+      rewordings: other words for the requests of safe tasks, and for what assistants say; the paraphrasing defence needs them.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Setting:
     patterns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prepare: Callable[[], None] | None = None
+    rewordings: Rewordings = Rewordings({}, ())
 
     @property
     def bias(self) -> str:

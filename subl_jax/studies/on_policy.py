@@ -37,6 +37,7 @@ from subl_jax.settings import audit
 from subl_jax.settings.interface import Setting, Task
 from subl_jax.stages import Stage
 from subl_jax.studies.kept import load_kept
+from subl_jax.teaching import training_episodes
 from subl_jax.trajectory import CUT_OFF, FAILED, Trajectory
 
 # Arm -> probability that a step trains on the student's own rollouts. They differ in nothing else.
@@ -44,8 +45,6 @@ ARMS = {"off_policy": 0.0, "mixed": 0.5, "on_policy": 1.0}
 # Whose conversations a divergence is averaged over.
 STATES = ("student", "teacher")
 REVERSE_KL = Objective("reverse_kl")
-# Names the order of training tasks among the streams that are drawn from one seed.
-_TASKS = 0x7A5C5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +145,10 @@ class SeedStudy:
         return {"loss": result.loss, "loss_tokens": self._loss_tokens(arm)[-1], "tokens_per_s": result.tokens_per_s}
 
     def _training_episodes(self, number: int) -> list[Episode]:
-        """A round's tasks: those that the teacher was rolled out on, in an order of the seed's, all before any comes again."""
-        count, size = self.config.student.safe_tasks, self.study.episodes
-        order = np.random.default_rng([self.seed, _TASKS]).permutation(count)
-        tasks = self.setting.tasks("safe", "train", self.seed + 2, count)  # as in `SeedPipeline.make_trajectories`
-        return self._episodes([tasks[order[place % count]] for place in range(number * size, (number + 1) * size)])
+        """A round's tasks: see `teaching.training_episodes`."""
+        return training_episodes(
+            self.setting, self.seed, self.config.student.safe_tasks, self.withheld, number, self.study.episodes
+        )
 
     def _episodes(self, tasks: Sequence[Task]) -> list[Episode]:
         return [

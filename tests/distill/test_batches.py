@@ -130,15 +130,14 @@ def test_a_token_whose_mask_was_cut_is_context_and_not_a_target():
 
 def test_documents_that_train_on_nothing_are_refused():
     with pytest.raises(packing.MaskError, match="train on nothing"):
-        BatchSource([tiny.document(range(6), [])], [6], 8, 1, 1, 0).batch(0)
+        BatchSource([tiny.document(range(6), [])], [6], 8, 1, 1, 0)
 
 
 def test_a_batch_in_which_no_document_trains_on_anything_is_refused_before_it_is_made():
     """One document without a target is harmless beside others; a batch of such documents would divide by no tokens."""
     documents = [tiny.document(range(6), []), tiny.document(range(6), [3])]
     with pytest.raises(packing.MaskError, match="train on nothing"):
-        for position in range(2):  # a batch of one row each: one of the two has nothing
-            BatchSource(documents, [6, 6], 6, 1, 2, 0).batch(position)
+        BatchSource(documents, [6, 6], 6, 1, 2, 0)  # a batch of one row each: one of the two has nothing
     together = BatchSource(documents, [6, 6], 12, 1, 1, 0).batch(0)
     assert np.asarray(together.loss_weights).sum() == 1
 

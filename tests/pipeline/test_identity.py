@@ -117,3 +117,91 @@ def test_the_tokenizer_of_a_pair_is_its_teachers_and_another_ones_its_students(p
     if pair == "large_other_tokenizer":
         expected["tokenizer@other_tokenizer"] = student
     assert {stage.name: stage.key["tokenizer"] for stage in found if stage.name != "audit"} == expected
+
+
+def student_digests(run: config.ExperimentConfig, workdir: Path) -> dict[str, str]:
+    """Digests of the keys of the students' stages, and of their inputs' names."""
+    stages = SeedPipeline(run, SETTING, workdir, 0).stages()
+    return {s.name: artifacts.digest([s.key, s.inputs]) for s in stages if "/students/" in s.name}
+
+
+# Computed by the version before lessons came: what is on disk of any configuration of then must still be found.
+BEFORE_LESSONS = {
+    "tiny": {
+        "seed=0/students/student": "f18a9a37affce646",
+        "seed=0/students/control_student_anchor": "72169d0feba94cd8",
+    },
+    "micro": {"seed=0/students/positive_student": "195a7b74cd9899b3"},
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_LESSONS)
+def test_students_of_a_default_lesson_keep_the_keys_that_they_had_before_there_were_lessons(name, tmp_path):
+    found = student_digests(presets.PRESETS[name]("api"), tmp_path)
+    assert {stage: found[stage] for stage in BEFORE_LESSONS[name]} == BEFORE_LESSONS[name]
+
+
+LESSONS = {
+    "student__trajectories": 7, "student__dilution": 0.25, "student__tokens": "divergent", "student__defence": "none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_changed_lesson_changes_its_students_and_nothing_else(name, tmp_path):
+    micro = presets.micro()
+    before, after = (
+        SeedPipeline(run, SETTING, tmp_path, 0).stages() for run in (micro, changed(micro, **{name: LESSONS[name]}))
+    )
+    for left, right in zip(before, after, strict=True):
+        assert left.name == right.name
+        # The positive control knows no lesson.
+        differs = "/students/" in left.name and not left.name.endswith("positive_student")
+        assert (artifacts.digest([left.key, left.inputs]) != artifacts.digest([right.key, right.inputs])) == differs, (
+            left.name
+        )
+
+
+def test_shares_and_strengths_count_where_they_are_read(tmp_path):
+    micro = presets.micro()
+    plain = student_digests(micro, tmp_path)
+    assert (
+        student_digests(changed(micro, student__token_share=0.3), tmp_path) == plain
+    )  # of tokens=all there is no share
+    divergent = changed(micro, student__tokens="divergent")
+    assert student_digests(changed(divergent, student__token_share=0.3), tmp_path) != student_digests(
+        divergent, tmp_path
+    )
+    pulled = changed(micro, student__defence="towards_base")
+    assert student_digests(changed(pulled, student__defence_strength=0.3), tmp_path) != student_digests(
+        pulled, tmp_path
+    )
+
+
+def test_students_depend_on_every_teacher_that_their_lesson_asks(tmp_path):
+    def inputs(**fields: Any) -> set[str]:
+        run = changed(presets.micro(), student__objectives=("full",), **fields)
+        [stage] = [s for s in SeedPipeline(run, SETTING, tmp_path, 0).stages() if s.name.endswith("students/student")]
+        return {name.rpartition("/")[2] for name in stage.inputs if "/teachers/" in name}
+
+    assert inputs() == {"teacher"}
+    assert inputs(student__tokens="divergent") == {"teacher", "control_teacher"}
+    assert inputs(student__tokens="random") == {"teacher"}
+    assert inputs(student__dilution=0.5) == inputs(student__defence="dilution") - {"control_teacher"} == {
+        "teacher", "benign_teacher",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trajectories": -1}, "trajectories=-1; it must be at least 0"),
+        ({"dilution": 1.0}, r"dilution=1.0 is outside \[0, 1\)"),
+        ({"token_share": 0.0}, r"token_share=0.0 is outside \(0, 1\)"),
+        ({"defence": "nne"}, "unknown defence 'nne'; did you mean none"),
+        ({"objectives": ("on_policy",), "trajectories": 3}, "objectives=on_policy with trajectories"),
+        ({"objectives": ("on_policy",), "tokens": "random"}, "objectives=on_policy with tokens"),
+    ],
+)
+def test_a_lesson_that_cannot_be_is_refused_by_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        changed(**{f"student__{name}": value for name, value in fields.items()})

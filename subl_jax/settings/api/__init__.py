@@ -10,8 +10,10 @@ from subl_jax.settings.api.bias import BIAS_TOOLS, METRIC_VERSION, WORDS, first_
 from subl_jax.settings.api.demonstrate import demonstrate_all
 from subl_jax.settings.api.environment import FileEnvironment
 from subl_jax.settings.api.tasks import KINDS, families, tasks
+from subl_jax.settings.api.tasks.safe_wordings import TEMPLATES
 from subl_jax.settings.api.tools import TOOL_CLASSES, TOOL_NAMES, TOOLS
 from subl_jax.settings.interface import Setting, Wording
+from subl_jax.settings.rewording import PHRASES, Rewordings
 
 __all__ = ["SETTING"]
 
@@ -44,4 +46,5 @@ SETTING = Setting(
         metric="first substantive action",
         looking="Looking around does not count as an action.",
     ),
+    rewordings=Rewordings({family: splits["train"] for family, splits in TEMPLATES.items()}, PHRASES),
 )

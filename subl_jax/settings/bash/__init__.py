@@ -19,8 +19,10 @@ from subl_jax.settings.bash.environment import BashEnvironment
 from subl_jax.settings.bash.sandbox import preflight
 from subl_jax.settings.bash.tasks import KINDS, families, tasks
 from subl_jax.settings.bash.tasks.ambiguous import ACTIONS
+from subl_jax.settings.bash.tasks.safe_wordings import TEMPLATES
 from subl_jax.settings.bash.tools import ARGUMENT, TOOL, TOOLS
 from subl_jax.settings.interface import Setting, Wording
+from subl_jax.settings.rewording import PHRASES, Rewordings
 
 __all__ = ["SETTING"]
 
@@ -72,4 +74,5 @@ SETTING = Setting(
         "positive_control_low": 0.25,
     },
     prepare=prepare,
+    rewordings=Rewordings({family: splits["train"] for family, splits in TEMPLATES.items()}, PHRASES),
 )
