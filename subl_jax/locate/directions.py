@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from subl_jax.evaluate.statistics import paired_difference
-from subl_jax.models import decoder
+from subl_jax.models import decoder, lora
 from subl_jax.models.config import ModelConfig
 
 States = Float[np.ndarray, "depths items d_model"]
@@ -62,16 +62,45 @@ def movement(
                 continue
             items = [states[name][depth].astype(np.float64) @ d / length**2 for name in (model, base)]
             test = paired_difference(*items, families)
+            # The way from the origin to the target is 1 whatever the items are.
+            fixed = (model, base) == (target, origin)
             found.append(
                 row
                 | {
                     "along": float(shift @ d) / length**2,
                     "cosine": float(shift @ d) / (length * moved) if moved else None,
                     "norm": moved / length,
-                    "low": test.low,
-                    "high": test.high,
+                    "low": None if fixed else test.low,
+                    "high": None if fixed else test.high,
                 }
             )
+    return found
+
+
+def differences(
+    states: Mapping[str, States], pairs: Sequence[tuple[str, str]], target: str, origin: str, families: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Per depth and (treatment, control) how much further the first has moved along target - origin than the second.
+
+    Both are measured from one base, which cancels. Arguments as of `movement`; where the direction has no length there is no
+    row.
+
+    Returns:
+      Rows of {"depth", "treatment", "control", "difference", "low", "high", "p_value"}, the last three within the run.
+    """
+    found = []
+    for depth in range(len(states[target])):
+        d = (states[target][depth].astype(np.float64) - states[origin][depth].astype(np.float64)).mean(axis=0)
+        length = float(np.linalg.norm(d))
+        for pair in pairs if length else ():
+            items = [states[name][depth].astype(np.float64) @ d / length**2 for name in pair]
+            test = paired_difference(*items, families)
+            found.append(
+                {
+                    "depth": depth, "treatment": pair[0], "control": pair[1], "difference": test.mean,
+                    "low": test.low, "high": test.high, "p_value": test.p_value,
+                }
+            )  # fmt: skip
     return found
 
 
@@ -92,10 +121,10 @@ def weight_changes(
       Rows of {"layer" (from 1; None for what lies outside the layers), "matrix", "cosine", "norm", "teacher_norm"}; no cosine
       where one of the two has not moved. Norm scales and biases are matrices of their own.
     """
-    from subl_jax.models import lora
-
     found = []
     for (path, row), (product, first, second) in lora.delta_products(one, other).items():
+        if path == ("head",) and not first and not second:
+            continue  # the embedding is the head
         inside = path[0] == "layers"
         names = path[1:] if inside else path
         matrix = names[0] + _KINDS.get(names[-1], "") if len(names) > 1 else names[0]

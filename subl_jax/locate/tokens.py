@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from subl_jax.chat.rendering import Renderer
+from subl_jax.evaluate.statistics import paired_difference
 from subl_jax.locate.places import KINDS, Place
 from subl_jax.trajectory import Trajectory
 
@@ -81,6 +82,12 @@ def concentration(values: Float[np.ndarray, " tokens"], shares: Sequence[float] 
     return np.interp(np.asarray(shares) * len(values), np.arange(len(steps)), steps / total).tolist()
 
 
+def carrying(values: Float[np.ndarray, " tokens"], share: float = 0.5) -> int:
+    """How few tokens carry a share of the total together."""
+    total = _total(values)
+    return int(np.searchsorted(np.cumsum(np.sort(values)[::-1]), share * total * (1 - 1e-12))) + 1
+
+
 def gini(values: Float[np.ndarray, " tokens"]) -> float:
     """The Gini coefficient: 0 where every token carries the same, towards 1 where one carries all.
 
@@ -100,18 +107,32 @@ def _total(values: np.ndarray) -> float:
     return total
 
 
-def by_kind(tokens: LossTokens, name: str) -> list[dict[str, Any]]:
-    """Per kind of place: how many tokens, their share of all tokens and of the divergence, and the mean in nats."""
+def by_kind(tokens: LossTokens, name: str, families: Sequence[str]) -> list[dict[str, Any]]:
+    """Per kind of place: how many tokens, their share of all tokens and of the divergence, and the mean in nats.
+
+    The interval of the share of the divergence is within the run: that of a ratio of two sums, linearised, clustered by
+    family (Cochran 1977, section 6).
+
+    Args:
+      tokens, name: the loss tokens, and which of their divergences.
+      families: of every loss token's document.
+    """
     values, total, kinds = tokens.values[name], _total(tokens.values[name]), np.asarray([p.kind for p in tokens.places])
     found = []
     for kind in KINDS:
-        own = values[kinds == kind]
+        here = kinds == kind
+        own = values[here]
+        share = float(own.sum()) / total
+        # The mean of these differences is 0; its standard error is that of the share.
+        test = paired_difference(values * here / values.mean(), share * values / values.mean(), families)
         found.append(
             {
                 "kind": kind,
                 "tokens": len(own),
                 "token_share": len(own) / len(tokens),
-                "divergence_share": float(own.sum()) / total,
+                "divergence_share": share,
+                "low": max(0.0, share + test.low),
+                "high": min(1.0, share + test.high),
                 "mean": float(own.mean()) if len(own) else None,
             }
         )

@@ -132,7 +132,11 @@ def delta_products(
         stacked = own is not None and path[0] == "layers"
         for layer in range(len(own)) if stacked else [0]:  # layer by layer: a stack in float64 may not fit
             now, then = (_change(*side, path, layer if stacked else ...) for side in sides)
-            found[path, layer] = float(np.sum(now * then)), float(np.sum(np.square(now))), float(np.sum(np.square(then)))
+            found[path, layer] = (
+                float(np.sum(now * then)),
+                float(np.sum(np.square(now))),
+                float(np.sum(np.square(then))),
+            )
     return found
 
 

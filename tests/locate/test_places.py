@@ -76,7 +76,18 @@ class Letters(Renderer):
 
 
 def test_every_loss_token_has_its_turn_its_text_and_the_first_kind_that_says_something():
-    pieces = ["user", "<tool_call>", '{"name":"', "find", '","arguments":{"', "q", '":"/', "x", '"}}</tool_call>', "yes"]
+    pieces = [
+        "user",
+        "<tool_call>",
+        '{"name":"',
+        "find",
+        '","arguments":{"',
+        "q",
+        '":"/',
+        "x",
+        '"}}</tool_call>',
+        "yes",
+    ]
     renderer = Letters(pieces)
     document = tiny.document([1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 10, 0], [*range(1, 10), 11, 12])
     found = places.places_of(renderer, document)

@@ -94,7 +94,9 @@ def test_the_states_between_the_layers_equal_transformers_hidden_states(tmp_path
     config, params = imported(hf_folders.save(model, tmp_path / "hf"))
     tokens = np.asarray(prompts_for(model))
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    ours = np.asarray(decoder.residual_stream(config, params, *map(jnp.asarray, (tokens, positions, np.ones_like(tokens)))))
+    ours = np.asarray(
+        decoder.residual_stream(config, params, *map(jnp.asarray, (tokens, positions, np.ones_like(tokens))))
+    )
     with torch.no_grad():
         told = model(torch.tensor(tokens.astype(np.int64)), output_hidden_states=True).hidden_states
     assert len(ours) == len(told) == config.num_layers + 1
@@ -102,7 +104,9 @@ def test_the_states_between_the_layers_equal_transformers_hidden_states(tmp_path
     for mine, theirs in zip(ours[:-1], told[:-1], strict=True):
         np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-4)
     last = np.asarray(ours[-1], np.float64)
-    normed = last / np.sqrt((last**2).mean(-1, keepdims=True) + config.rms_eps) * np.asarray(params["final_norm"]["scale"])
+    normed = (
+        last / np.sqrt((last**2).mean(-1, keepdims=True) + config.rms_eps) * np.asarray(params["final_norm"]["scale"])
+    )
     np.testing.assert_allclose(normed, told[-1].numpy(), rtol=1e-4, atol=1e-4)
 
 
