@@ -60,7 +60,8 @@ def _run() -> None:
     unknown = [pair for pair in flag.pair if pair not in PAIRS]
     if unknown:
         raise ValueError(f"--pair: {unknown[0]!r} is unknown, use some of {', '.join(PAIRS)}")
-    options = Options(**{field.name: flag[field.name].value for field in dataclasses.fields(Options)})
+    given: dict[str, Any] = {field.name: flag[field.name].value for field in dataclasses.fields(Options)}
+    options = Options(**given)
     seeds, config = seeds_from_flags(), found.read_config(workdir)
     processes.only_one("experiments.locate")
     # Models of one device each are read by one: two would work out everything twice.
@@ -119,24 +120,16 @@ def look(
             moved.setdefault(pair, {})[seed] = told
             for part, name in (("activations", "directions"), ("weights", "weights")):
                 tables[name] += [{"pair": pair, "seed": seed, **row} for row in told[part]]
-    token_parts = [summary.tokens(own) for own in tokens.values()]
-    direction_parts = [summary.directions(own) for own in moved.values()]
-    result = {
-        "schema": 1,
+    about = {
         "setting": config.setting,
         "preset": config.preset,
         "workdir": str(workdir),
         "seeds": list(seeds),
         "pairs": list(pairs),
         "options": dataclasses.asdict(options),
-        "answer": summary.answer(token_parts, direction_parts),
-        "tokens": token_parts,
-        "directions": direction_parts,
-        "agreement": {
-            place: summary.agreement(moved, place, "teacher - base") for place in ("decision", "text")
-        },
         "versions": artifacts.versions(),
-    }  # fmt: skip
+    }
+    result = summary.result(tokens, moved, about)
     return result, {name: rows for name, rows in tables.items() if rows}
 
 

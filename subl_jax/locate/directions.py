@@ -60,8 +60,8 @@ def movement(
             if length == 0.0:
                 found.append(row | dict.fromkeys(("along", "cosine", "norm", "low", "high")))
                 continue
-            items = [states[name][depth].astype(np.float64) @ d / length**2 for name in (model, base)]
-            test = paired_difference(*items, families)
+            own, start = (states[name][depth].astype(np.float64) @ d / length**2 for name in (model, base))
+            test = paired_difference(own, start, families)
             # The way from the origin to the target is 1 whatever the items are.
             fixed = (model, base) == (target, origin)
             found.append(
@@ -93,8 +93,8 @@ def differences(
         d = (states[target][depth].astype(np.float64) - states[origin][depth].astype(np.float64)).mean(axis=0)
         length = float(np.linalg.norm(d))
         for pair in pairs if length else ():
-            items = [states[name][depth].astype(np.float64) @ d / length**2 for name in pair]
-            test = paired_difference(*items, families)
+            own, other = (states[name][depth].astype(np.float64) @ d / length**2 for name in pair)
+            test = paired_difference(own, other, families)
             found.append(
                 {
                     "depth": depth, "treatment": pair[0], "control": pair[1], "difference": test.mean,
@@ -126,8 +126,8 @@ def weight_changes(
         if path == ("head",) and not first and not second:
             continue  # the embedding is the head
         inside = path[0] == "layers"
-        names = path[1:] if inside else path
-        matrix = names[0] + _KINDS.get(names[-1], "") if len(names) > 1 else names[0]
+        names = list(path[1:] if inside else path)
+        matrix = names[0] + (_KINDS.get(names[-1], "") if len(names) > 1 else "")
         found.append(
             {
                 "layer": row + 1 if inside else None,

@@ -244,51 +244,43 @@ def locate_directions(
       Plain numbers; models that cannot be compared stand under "refused", with the reason.
     """
     students = workdir.find_students(models, arms)
-    looks = {"decision": _decision(models, setting, options), "text": _text(models, options)}
-    bases = {"base": models.base(models.teacher_size)}
-    same_base = models.student_size == models.teacher_size
-    own_base = "base" if same_base else "student_base"
-    if not same_base:
-        bases["student_base"] = models.base(models.student_size)
+    base, same_base = models.base(models.teacher_size), models.student_size == models.teacher_size
+    own_base = base if same_base else models.base(models.student_size)
     teachers = {name: models.teacher(name) for name in TEACHERS}
-    states: dict[str, dict[str, np.ndarray]] = {name: {} for name in looks}
+    why = _reason(models, own_base, teachers["teacher"])
+    looks = {"decision": _decision(models, setting, options), "text": _text(models, options)} if why is None else {}
+    states: dict[str, dict[str, np.ndarray]] = {place: {} for place in looks}
     base_of: dict[str, str] = {}
-    refused: dict[str, str] = {}
     weights: list[dict[str, Any]] = []
 
-    def read(name: str, model: Model) -> None:
+    def read(name: str, model: Model, start: str = "") -> None:
         for place, each in looks.items():
             states[place][name] = mean_states(model, each.sequences, each.places)
+        if start and looks:
+            base_of[name] = start
 
-    read("base", bases["base"])
-    why = _reason(models, bases[own_base], teachers["teacher"])
-    if not same_base and why is None:
-        read("student_base", bases[own_base])
+    read("base", base)
+    if not same_base:
+        read("student_base", own_base)
     for name, model in teachers.items():
-        read(name, model)
-        base_of[name] = "base"
+        read(name, model, "base")
         if name != "teacher":
-            weights += _weights(name, model, bases["base"], {"teacher": teachers["teacher"]}, bases["base"])
+            weights += _weights(name, model, base, {"teacher": teachers["teacher"]}, base)
         say(1)
     for name, teacher in students.students.items():
-        if why is not None:
-            refused[name] = why
-            say(1)
-            continue
         model = models.student(name)
-        read(name, model)
-        base_of[name] = own_base
-        others = {each: teachers[each] for each in dict.fromkeys(("teacher", teacher))}
+        read(name, model, "base" if same_base else "student_base")
         if lora.comparable(model.config, teachers["teacher"].config):
-            weights += _weights(name, model, bases[own_base], others, bases["base"])
+            others = {each: teachers[each] for each in dict.fromkeys(("teacher", teacher))}
+            weights += _weights(name, model, own_base, others, base)
         say(1)
     return {
         "pair": models.config.pair,
         "shared_base": same_base,
         "students": dict(students.students),
         "missing": list(students.missing),
-        "refused": refused,
-        "log_odds": {name: _log_odds(models, name) for name in ("base", *base_of)},
+        "refused": {} if why is None else dict.fromkeys(students.students, why),
+        "log_odds": {name: _log_odds(models, name) for name in ("base", *TEACHERS, *students.students)},
         "items": {place: len(each.sequences) for place, each in looks.items()},
         "activations": [
             {"place": place, "direction": direction, **row}

@@ -191,6 +191,30 @@ def agreement(found: Mapping[str, Mapping[int, Mapping[str, Any]]], place: str, 
     return rows
 
 
+def result(
+    found: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    moved: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The value of `locate.json`.
+
+    Args:
+      found: teachers' size -> seed -> what `seed.locate_tokens` gave.
+      moved: pair -> seed -> what `seed.locate_directions` gave.
+      about: what was looked at, and with what: "setting", "preset", "workdir", "seeds", "pairs", "options", "versions".
+    """
+    token_parts = [tokens(own) for own in found.values()]
+    direction_parts = [directions(own) for own in moved.values()]
+    return {
+        "schema": 1,
+        **about,
+        "answer": answer(token_parts, direction_parts),
+        "tokens": token_parts,
+        "directions": direction_parts,
+        "agreement": {place: agreement(moved, place, "teacher - base") for place in ("decision", "text")},
+    }
+
+
 # --- In words ---------------------------------------------------------------------------------------------------------
 
 

@@ -128,9 +128,9 @@ def delta_products(
     names = {("head",), *(path for _, params, _ in sides for path in params if path[-1] not in _LEAVES)}
     found = {}
     for path in sorted(names):
-        own = next((params[path] for _, params, _ in sides if path in params), None)
-        stacked = own is not None and path[0] == "layers"
-        for layer in range(len(own)) if stacked else [0]:  # layer by layer: a stack in float64 may not fit
+        stacked = path[0] == "layers"
+        layers = len(next(params[path] for _, params, _ in sides if path in params)) if stacked else 1
+        for layer in range(layers):  # layer by layer: a stack in float64 may not fit
             now, then = (_change(*side, path, layer if stacked else ...) for side in sides)
             found[path, layer] = (
                 float(np.sum(now * then)),
