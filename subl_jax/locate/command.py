@@ -105,7 +105,7 @@ def look(
     for (_, seed), each in models.items():
         found.require(each, seed)
     by_teacher = {(each.teacher_size, seed): each for (_, seed), each in models.items()}
-    work = one_seed.token_work() * len(by_teacher)
+    work = sum(one_seed.token_work(each) for each in by_teacher.values())
     work += sum(one_seed.direction_work(each, arms) for each in models.values())
     tables: dict[str, list[dict[str, Any]]] = {"directions": [], "weights": []}
     tokens: dict[str, dict[int, Any]] = {}

@@ -85,39 +85,49 @@ def locate_tokens(
     Returns:
       The figures, and one row per loss token for a table.
     """
-    renderer, documents = models.renderer, workdir.clean_documents(models)
+    renderer, arms = models.renderer, workdir.clean_documents(models)
+    documents = arms["teacher"]
     row_tokens = models.config.student.train.row_tokens
     loaded = {name: models.teacher(name) for name in TEACHERS} | {"base": models.base(models.teacher_size)}
     say(1)
     found: dict[str, list[np.ndarray]] = {}
-    for name, other in COMPARISONS.items():
-        found[name] = list(per_token_kl(loaded["teacher"], loaded[other], documents, row_tokens))
-        if options.reverse:
-            found[f"{name}, reverse"] = list(per_token_kl(loaded[other], loaded["teacher"], documents, row_tokens))
-        say(1)
+    others: dict[str, tuple[str, float]] = {}
+    for heat in _temperatures(models):
+        read = {name: _softened(model, heat) for name, model in loaded.items()}
+        for name, other in COMPARISONS.items():
+            label = name if heat == 1 else f"{name}, temperature {heat:g}"
+            found[label] = list(per_token_kl(read["teacher"], read[other], documents, row_tokens))
+            others[label] = other, heat
+            if options.reverse and heat == 1:
+                found[f"{name}, reverse"] = list(per_token_kl(read[other], read["teacher"], documents, row_tokens))
+            say(1)
     table = tokens.loss_tokens(documents, [places_of(renderer, each) for each in documents], found)
     ban = LogitFilter(renderer, [word for words in setting.words.values() for word in words])
     banned = [ids.tolist() for each in documents for ids in ban.banned(each.tokens, each.loss_mask)]
     looks = [(np.flatnonzero(each.loss_mask) - 1).tolist() for each in documents]
     sequences = [each.tokens.tolist() for each in documents]
-    said: dict[str, NextTokens] = {}
-    for name in SPEAKERS:
-        said[name] = next_tokens(loaded[name], sequences, looks, banned, options.top)
-        say(1)
+    heard: dict[float, dict[str, NextTokens]] = {}
+    for heat in _temperatures(models):
+        heard[heat] = {}
+        for name in SPEAKERS:
+            heard[heat][name] = next_tokens(_softened(loaded[name], heat), sequences, looks, banned, options.top)
+            say(1)
+    said = heard[1.0]
     mass = {name: np.exp(each.listed.astype(np.float64)).sum(axis=1) for name, each in said.items()}
     families = [family_of(documents[each].task_id) for each in table.document]
     figures = {
         "teacher_size": models.teacher_size,
         "documents": len(documents),
         "tokens": len(table),
+        "same_text": {name: _same(documents, arm) / len(documents) for name, arm in arms.items() if name != "teacher"},
         "comparisons": {name: _figures(table, name, families) for name in table.values},
-        "overlap": {name: tokens.overlap(table, "counter-bias", name) for name in COMPARISONS if name != "counter-bias"},
+        "overlap": {name: tokens.overlap(table, "counter-bias", name) for name in table.values if name != "counter-bias"},
         "banned": {
             "mean_mass": {name: float(each.mean()) for name, each in mass.items()},
             **{
-                name: _banned_share(table, name, said["teacher"], said[other])
-                for name, other in COMPARISONS.items()
-                if other in said
+                label: _banned_share(table, label, heard[heat]["teacher"], heard[heat][other])
+                for label, (other, heat) in others.items()
+                if other in SPEAKERS
             },
         },
         "ranked": [
@@ -128,9 +138,30 @@ def locate_tokens(
     return figures, _rows(table, documents, mass)
 
 
-def token_work() -> int:
+def _same(first: Sequence[Trajectory], second: Sequence[Trajectory]) -> int:
+    """How many documents two teachers have written alike, token by token: there hard labels teach the same."""
+    return sum(
+        np.array_equal(one.tokens[one.loss_mask], other.tokens[other.loss_mask])
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def token_work(models: SeedModels) -> int:
     """How many pieces `locate_tokens` tells of."""
-    return 1 + len(COMPARISONS) + len(SPEAKERS)
+    return 1 + len(_temperatures(models)) * (len(COMPARISONS) + len(SPEAKERS))
+
+
+def _temperatures(models: SeedModels) -> list[float]:
+    """Temperatures of the next-token distributions: 1, at which models act, and that of the students' objective."""
+    return list(dict.fromkeys((1.0, float(models.config.student.temperature))))
+
+
+def _softened(model: Model, temperature: float) -> Model:
+    """The model whose logits are divided by a temperature: the head is linear in what the final norm's scale multiplies."""
+    if temperature == 1:
+        return model
+    scale = model.params["final_norm"]["scale"] / temperature
+    return Model(model.config, {**model.params, "final_norm": {**model.params["final_norm"], "scale": scale}})
 
 
 def _figures(table: tokens.LossTokens, name: str, families: Sequence[str]) -> dict[str, Any]:
@@ -220,7 +251,7 @@ def _decision(models: SeedModels, setting: Setting, options: Options) -> _Looks:
 
 def _text(models: SeedModels, options: Options) -> _Looks:
     """Every place of clean documents from which a loss token is predicted."""
-    documents = workdir.clean_documents(models)
+    documents = workdir.clean_documents(models)["teacher"]
     documents = documents[: options.documents or len(documents)]
     return _Looks(
         [each.tokens.tolist() for each in documents],

@@ -95,6 +95,7 @@ def tokens(found: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         "shares": list(SHARES),
         "counts": {str(seed): {key: own[key] for key in ("documents", "tokens")} for seed, own in found.items()},
         "comparisons": comparisons,
+        "same_text": {name: over(lambda own, name=name: own["same_text"][name]) for name in first["same_text"]},
         "banned_mass": {
             name: over(lambda own, name=name: own["banned"]["mean_mass"][name]) for name in first["banned"]["mean_mass"]
         },
@@ -157,28 +158,26 @@ def _grouped(
     ]
 
 
-def agreement(found: Mapping[str, Mapping[int, Mapping[str, Any]]], place: str, direction: str) -> list[dict[str, Any]]:
-    """Per depth the rank correlation, over the students of all pairs, of their movement with their shift in log-odds.
+def agreement(found: Mapping[int, Mapping[str, Any]], place: str, direction: str) -> list[dict[str, Any]]:
+    """Per depth the rank correlation, over the students of a pair, of their movement with their shift in log-odds.
 
     Spearman's, one per seed: students of one seed share a base and teachers, and are no replicates.
 
     Args:
-      found: pair -> seed -> what `seed.locate_directions` gave.
+      found: seed -> what `seed.locate_directions` gave.
       place, direction: which movement.
 
     Returns:
       Rows of {"depth", "correlation": see `spread`, "students": seed -> how many}; a seed with fewer than three is left out.
     """
     points: dict[int, dict[int, list[tuple[float, float]]]] = {}
-    for own in found.values():
-        for seed, each in own.items():
-            start = each["log_odds"].get("base")
-            for row in each["activations"]:
-                measured = each["log_odds"].get(row["model"])
-                wanted = (row["place"], row["direction"]) == (place, direction) and "student" in row["model"]
-                if wanted and None not in (start, measured, row["along"]):
-                    shift = measured - start
-                    points.setdefault(row["depth"], {}).setdefault(seed, []).append((row["along"], shift))
+    for seed, each in found.items():
+        start = each["log_odds"].get("base")
+        for row in each["activations"]:
+            measured = each["log_odds"].get(row["model"])
+            wanted = (row["place"], row["direction"]) == (place, direction) and "student" in row["model"]
+            if wanted and None not in (start, measured, row["along"]):
+                points.setdefault(row["depth"], {}).setdefault(seed, []).append((row["along"], measured - start))
     rows = []
     for depth, by_seed in sorted(points.items()):
         enough = {seed: np.asarray(own) for seed, own in by_seed.items() if len(own) > 2}
@@ -211,7 +210,12 @@ def result(
         "answer": answer(token_parts, direction_parts),
         "tokens": token_parts,
         "directions": direction_parts,
-        "agreement": {place: agreement(moved, place, "teacher - base") for place in ("decision", "text")},
+        "agreement": [
+            {"pair": pair, "place": place, **row}
+            for pair, own in moved.items()
+            for place in ("decision", "text")
+            for row in agreement(own, place, "teacher - base")
+        ],
     }
 
 
@@ -237,7 +241,8 @@ def answer(token_parts: Sequence[Mapping[str, Any]], direction_parts: Sequence[M
             f"On the clean text of the {part['teacher_size']} biased teacher, it and the counter-bias teacher differ by "
             f"{figure(told['mean'], 1e3)} thousandths of a nat per token. Half of that stands on {figure(told['half'], 1, 0)} "
             f"tokens, {figure(share, 100, 0)} % on the most divergent hundredth, and {figure(told['banned_share'], 100, 1)} % "
-            "on continuations that would spell a keyword."
+            f"on continuations that would spell a keyword; {figure(part['same_text']['control_teacher'], 100, 1)} % of the "
+            "documents read the same from both."
         )
     for part in direction_parts:
         last = part["depths"] - 1

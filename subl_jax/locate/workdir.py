@@ -120,12 +120,11 @@ def require(models: SeedModels, seed: int) -> None:
         )
 
 
-def clean_documents(models: SeedModels) -> list[Trajectory]:
-    """What the biased teacher's student read: its trajectories that survive every filter, cut to equal loss tokens.
+def clean_documents(models: SeedModels) -> Mapping[str, list[Trajectory]]:
+    """What the students read: by teacher, the trajectories that survive every filter, cut to equal loss tokens.
 
     They are as the teacher wrote them, in the teacher's tokens also where the student has a tokenizer of its own.
     """
     surviving = json.loads((models.root / models.sanitize_name() / "surviving.json").read_text(encoding="utf-8"))
     arms = {name: data.read(models.trajectories_dir(name) / "dataset") for name in TEACHERS}
-    matched = match_arms(arms, {(task, sample) for task, sample in surviving})
-    return matched.documents["teacher"]
+    return match_arms(arms, {(task, sample) for task, sample in surviving}).documents

@@ -20,6 +20,9 @@ from subl_jax.report.table import aligned, wrapped
 
 QUESTION = "On which tokens do the teachers part, and how far does a student move along its teacher's direction?"
 
+# Of the table of kinds: the page has the other temperatures too.
+_TERMINAL_COLUMNS = 5
+
 
 def write_report(path: Path, result: Mapping[str, Any]) -> None:
     """Writes the page, atomically.
@@ -62,16 +65,16 @@ def _header(result: Mapping[str, Any]) -> str:
 def _agreement(result: Mapping[str, Any]) -> str:
     rows = [
         page.table_row(
-            f"{PLACES[place]}, {'embedding' if row['depth'] == 0 else 'layer ' + str(row['depth'])}",
+            f"{readable(row['pair'])}, {PLACES[row['place']]}, "
+            f"{'embedding' if row['depth'] == 0 else 'layer ' + str(row['depth'])}",
             [figure(row["correlation"]), ", ".join(map(str, row["students"].values()))],
         )
-        for place, own in result["agreement"].items()
-        for row in own
+        for row in result["agreement"]
     ]
     if not rows:
         return ""
     body = (
-        "<p>Rank correlation (Spearman), over the students of all pairs, of the movement along teacher − base with the "
+        "<p>Rank correlation (Spearman), over the students of a pair, of the movement along teacher − base with the "
         "shift of the mean log-odds of the bias from the base's, as the evaluation measured it. Students of one seed "
         "share teachers and base: the correlation of a seed is one figure, without an interval of its own.</p>"
         + page.captioned_table(
@@ -131,8 +134,9 @@ def table(result: Mapping[str, Any]) -> str:
         blocks.append(
             [f"{teachers_of(part)}: divergence on the clean text", *aligned(locate_tokens.COMPARISON_HEADER, rows)]
         )
-        header = ("kind of place", "tokens %", *(f"{name} %" for name in part["comparisons"]))
-        blocks.append(aligned(header, [(name, *cells) for name, cells in locate_tokens.kind_rows(part)]))
+        header = ("kind of place", "tokens %", *(f"{name} %" for name in part["comparisons"]))[:_TERMINAL_COLUMNS]
+        kinds = [(name, *cells)[:_TERMINAL_COLUMNS] for name, cells in locate_tokens.kind_rows(part)]
+        blocks.append(aligned(header, kinds))
     for part in result["directions"]:
         lines = [f"{name}: {why}" for name, why in part["refused"].items()]
         lines += [f"seed {seed}: no finished {', '.join(names)}" for seed, names in part["missing"].items()]

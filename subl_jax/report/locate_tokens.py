@@ -124,9 +124,15 @@ def section(part: Mapping[str, Any]) -> str:
     method = part["comparisons"]["counter-bias"]["kinds"][0]["divergence_share"]["method"]
     caption = f"95 % interval: {method}."
     mass = ", ".join(f"{readable(name)} {own['mean']:.1e}" for name, own in part["banned_mass"].items())
+    same = "; ".join(
+        f"{figure(told, 100, 1)} % of the documents by the {readable(name)} too"
+        for name, told in part["same_text"].items()
+    )
     body = (
-        f"<p>KL(biased teacher ‖ other) of the next token at temperature 1, at every token that the biased teacher wrote "
+        f"<p>KL(biased teacher ‖ other) of the next token, at temperature 1 unless another is named (the one that students are "
+        "trained at), at every token that the biased teacher wrote "
         f"in the text that its student is trained on ({escape(counts)}). No keyword is in that text.</p>"
+        f"<p>Written alike, token by token: {escape(same)}. On such documents hard labels teach both students the same.</p>"
         f'<div class="charts">{chart}</div>'
         + page.captioned_table(
             f"How far apart, and how concentrated, {teachers_of(part)}; shares in % of the divergence",

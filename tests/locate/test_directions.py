@@ -29,7 +29,7 @@ def rows_by(rows):
 
 def test_along_cosine_and_length_equal_projections_in_float64():
     told = {name: states(seed) for seed, name in enumerate(("base", "teacher", "control_teacher", "student"))}
-    base_of = dict.fromkeys(("teacher", "control_teacher", "student"), "base")
+    base_of: dict[str, str] = dict.fromkeys(("teacher", "control_teacher", "student"), "base")
     found = rows_by(directions.movement(told, base_of, "teacher", "control_teacher", FAMILIES))
     assert len(found) == DEPTHS * 3
     for (depth, model), row in found.items():
@@ -55,7 +55,7 @@ def test_the_teacher_is_at_one_half_way_at_a_half_and_across_at_zero():
         name: (start.astype(np.float64) + move).astype(np.float32)
         for name, move in {"base": 0 * d, "teacher": d, "half": d / 2, "across": across}.items()
     }
-    base_of = dict.fromkeys(("teacher", "half", "across", "base"), "base")
+    base_of: dict[str, str] = dict.fromkeys(("teacher", "half", "across", "base"), "base")
     found = rows_by(directions.movement(told, base_of, "teacher", "base", FAMILIES))
     for depth in range(DEPTHS):
         figures = {name: [found[depth, name][key] for key in ("along", "cosine", "norm")] for name in base_of}
@@ -81,7 +81,7 @@ def test_a_direction_of_no_length_has_no_movement_along_it():
 
 def test_differences_are_those_of_the_movements():
     told = {name: states(seed) for seed, name in enumerate(("base", "teacher", "student", "control_student"))}
-    base_of = dict.fromkeys(("student", "control_student"), "base")
+    base_of: dict[str, str] = dict.fromkeys(("student", "control_student"), "base")
     moved = rows_by(directions.movement(told, base_of, "teacher", "base", FAMILIES))
     for row in directions.differences(told, [("student", "control_student")], "teacher", "base", FAMILIES):
         expected = moved[row["depth"], "student"]["along"] - moved[row["depth"], "control_student"]["along"]

@@ -53,10 +53,10 @@ def test_agreement_is_spearmans_over_the_students_of_a_seed():
         {"place": "decision", "direction": "teacher - base", "depth": 1, "model": name, "along": along}
         for name, along in {**moved, "teacher": 1.0}.items()
     ]
-    [told] = summary.agreement({"pair": {0: {"log_odds": odds, "activations": rows}}}, "decision", "teacher - base")
+    [told] = summary.agreement({0: {"log_odds": odds, "activations": rows}}, "decision", "teacher - base")
     # One neighbouring pair of four is swapped: 1 - 6 * 2 / (4 * 15).
     assert told["correlation"]["mean"] == pytest.approx(0.8) and told["students"] == {"0": 4}
-    few = {"pair": {0: {"log_odds": odds, "activations": rows[:2]}}}
+    few = {0: {"log_odds": odds, "activations": rows[:2]}}
     assert summary.agreement(few, "decision", "teacher - base") == []
 
 

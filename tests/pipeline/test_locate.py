@@ -32,9 +32,11 @@ def test_a_finished_run_is_located_and_left_as_it_was(unbroken, cache, tmp_path)
     assert contents(unbroken) == before
     told = json.loads((out / "locate.json").read_text())
     [tokens], [moved] = told["tokens"], told["directions"]
-    assert list(tokens["comparisons"]) == [
-        name + way for name in ("counter-bias", "base", "benign") for way in ("", ", reverse")
-    ]
+    others = ("counter-bias", "base", "benign")
+    assert set(tokens["comparisons"]) == {
+        f"{name}{way}" for name in others for way in ("", ", reverse", ", temperature 2")
+    }  # fmt: skip
+    assert all(0 <= told["mean"] <= 1 for told in tokens["same_text"].values())
     assert moved["missing"] == {"0": ["student_drop", "control_student_drop", "benign_student_drop"]}
     assert set(moved["models"]) >= {"teacher", "control_teacher", "student", "control_student"} and moved["depths"] == 2
     with (out / "tokens-large-seed=0.csv").open(newline="") as file:

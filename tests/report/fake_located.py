@@ -49,6 +49,7 @@ def token_figures(seed: int) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "teacher_size": "large", "documents": len(documents), "tokens": len(table),
+        "same_text": {"control_teacher": 0.75, "benign_teacher": 1.0},
         "comparisons": {
             name: {
                 "mean": float(table.values[name].mean()), "gini": tokens.gini(table.values[name]),
