@@ -244,6 +244,13 @@ def answer(token_parts: Sequence[Mapping[str, Any]], direction_parts: Sequence[M
             f"on continuations that would spell a keyword; {figure(part['same_text']['control_teacher'], 100, 1)} % of the "
             "documents read the same from both."
         )
+        lines += [
+            f"At the students' {label.partition(', ')[2]} it is {figure(soft['mean'], 1e3)} thousandths of a nat per token, "
+            f"half of it on {figure(soft['half'], 1, 0)} tokens, and {figure(soft['banned_share'], 100, 1)} % on continuations "
+            "that would spell a keyword."
+            for label, soft in part["comparisons"].items()
+            if label.startswith("counter-bias, temperature")
+        ]
     for part in direction_parts:
         last = part["depths"] - 1
         told = {

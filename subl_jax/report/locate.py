@@ -107,7 +107,7 @@ def drawings(result: Mapping[str, Any]) -> list[plots.Intervals | plots.Bars | p
         title = f"Share of the divergence (%) that the most divergent tokens carry, {teachers_of(part)}"
         found += [
             _lines(f"concentration-{size}", title, locate_tokens.curves(part, 1.0), "tokens, %"),
-            locate_tokens.kinds_drawing(part),
+            *locate_tokens.kinds_drawings(part),
         ]
     for part in result["directions"]:
         for arm, students in locate_moves.arms_of(part).items():

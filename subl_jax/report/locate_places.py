@@ -48,7 +48,8 @@ def _list(items: Sequence[str], start: int) -> str:
 
 
 def _place(row: Mapping[str, Any]) -> str:
-    values = ", ".join(f"{escape(name)} {value:.3f}" for name, value in row["divergence"].items())
+    # Those at temperature 1, as the words below them.
+    values = ", ".join(f"{escape(name)} {value:.3f}" for name, value in row["divergence"].items() if ", " not in name)
     says = "".join(_says(name, row) for name in row["says"])
     return (
         f'<li><p class="note"><b>{escape(row["kind"])}</b>, turn {row["turn"] + 1} of <code>{escape(row["task_id"])}</code>; '

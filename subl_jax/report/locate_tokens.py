@@ -49,10 +49,15 @@ def curves(part: Mapping[str, Any], most: float) -> list[plots.Band]:
     return bands
 
 
-def kinds_drawing(part: Mapping[str, Any]) -> plots.Intervals:
-    """How much of the divergence stands at each kind of place."""
+def kinds_drawings(part: Mapping[str, Any]) -> list[plots.Intervals]:
+    """How much of the divergence from the counter-bias teacher stands at each kind of place, at every temperature."""
+    names = [name for name in part["comparisons"] if name.startswith("counter-bias") and not name.endswith("reverse")]
+    return [_kinds_drawing(part, name) for name in names]
+
+
+def _kinds_drawing(part: Mapping[str, Any], name: str) -> plots.Intervals:
     dots = []
-    for row in part["comparisons"]["counter-bias"]["kinds"]:
+    for row in part["comparisons"][name]["kinds"]:
         if not row["token_share"]["mean"]:
             continue
         told = row["divergence_share"]
@@ -69,8 +74,11 @@ def kinds_drawing(part: Mapping[str, Any]) -> plots.Intervals:
                 figure(told, 100, 0),
             )
         )
+    _, _, where = name.partition(", ")
     title = f"Share of the divergence from the counter-bias teacher by kind of place, {teachers_of(part)}"
-    return plots.Intervals(f"kinds-{part['teacher_size']}", title, dots, (0.0, 100.0), (0, 25, 50, 75, 100), "%")
+    title += f", {where}" if where else ""
+    stem = "-".join(["kinds", part["teacher_size"], *where.split()])
+    return plots.Intervals(stem, title, dots, (0.0, 100.0), (0, 25, 50, 75, 100), "%")
 
 
 def comparison_rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -120,7 +128,6 @@ def section(part: Mapping[str, Any]) -> str:
         "Share of the divergence (%) that the most divergent tokens carry", curves(part, most),
         "most divergent tokens, % of all", note,
     )  # fmt: skip
-    kinds = kinds_drawing(part)
     method = part["comparisons"]["counter-bias"]["kinds"][0]["divergence_share"]["method"]
     caption = f"95 % interval: {method}."
     mass = ", ".join(f"{readable(name)} {own['mean']:.1e}" for name, own in part["banned_mass"].items())
@@ -143,10 +150,12 @@ def section(part: Mapping[str, Any]) -> str:
         f"mean probability per token: {escape(mass)}. Overlap: of the most divergent tenth by the counter-bias teacher, "
         "how many are in the most divergent tenth by this comparison too. Half in: how few tokens carry half of the "
         "divergence.</p>"
-        + f"<h3>{escape(kinds.title)}</h3>{interval_figure(kinds, caption)}"
+        + "".join(
+            f"<h3>{escape(drawing.title)}</h3>{interval_figure(drawing, caption)}" for drawing in kinds_drawings(part)
+        )
         + page.captioned_table(
-            f"By kind of place, {teachers_of(part)}; shares in %",
-            ("kind of place", "of the tokens", *(f"of the divergence from {name}" for name in part["comparisons"])),
+            f"By kind of place, {teachers_of(part)}: % of the tokens, and of the divergence from each",
+            ("kind of place", "tokens", *part["comparisons"]),
             [page.table_row(name, cells) for name, cells in kind_rows(part)],
         )
     )  # fmt: skip
