@@ -44,6 +44,13 @@ def test_every_condition_has_its_line_in_a_chart_by_layer_and_its_row_in_a_table
         assert f"{part['along']['mean']:.2f}" in page.text
 
 
+def test_layers_are_counted_in_whole_numbers(result):
+    chart = re.search(r'aria-label="full, at the first decision.*?</figure>', locate.render(result), re.S)
+    assert chart is not None
+    axis = re.search(r'<div class="x placed" aria-hidden="true">(.*?)</div>', chart[0])
+    assert axis is not None and re.findall(r">([^<>]+)</span>", axis[1]) == ["0", "1", "2"]
+
+
 def test_what_was_refused_and_what_is_missing_is_said_on_page_and_in_the_terminal(result):
     why = fake_located.LEFT_OUT["student@"]
     text = locate.table(result)
