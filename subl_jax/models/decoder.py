@@ -388,16 +388,47 @@ def apply(
         lengths = cache.lengths + added if rows is None else cache.lengths.at[rows].add(added, mode="drop")
         keys, values = zip(*stores, strict=True)
         return hidden, Cache(keys, values, lengths)
+    where = _documents(config, tokens, positions, segments, layout)
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    module, variables = _Decoder(config, layout, dropout_key is None), {"params": merge(trainable, frozen)}
+    hidden = cast(Any, module.apply(variables, tokens, where, embedded, rngs=rngs))
+    return hidden, None
+
+
+def _documents(config: ModelConfig, tokens: Array, positions: Array, segments: Array, layout: Layout | None) -> _Where:
+    """What the layers are told in a pass over whole documents."""
     mask = ahead = None
     if choose_backend(config, tokens.shape[1], layout) == "xla":
         mask = attention.packed_mask(segments)
         # Documents are contiguous, so places in the row measure the distance as well as positions do.
         places = jnp.arange(tokens.shape[1])
         ahead = places[:, None] - places if any(config.windows) else None
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    module, variables = _Decoder(config, layout, dropout_key is None), {"params": merge(trainable, frozen)}
-    hidden = cast(Any, module.apply(variables, tokens, _Where(positions, segments, mask, ahead), embedded, rngs=rngs))
-    return hidden, None
+    return _Where(positions, segments, mask, ahead)
+
+
+def residual_stream(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
+    segments: Int[Array, "batch time"],
+) -> Float[Array, "depths batch time d_model"]:
+    """The states between the layers, in a pass over whole documents without gradients: for looking into a model.
+
+    Depth 0 is the embedding, depth l what layer l has left, before the final norm; `depths` is one more than the layers.
+    Arguments as of `apply`; adapters are among `params`.
+    """
+    where = _documents(config, tokens, positions, segments, None)
+    block = _Block(config, None, True)
+
+    def layer(x: Array, own: Any) -> tuple[Array, Array]:
+        weights, window = own
+        x, _ = cast(Any, block.apply({"params": weights}, x, window, where))
+        return x, x
+
+    embedded = _look_up(params["embedding"], tokens, None).astype(config.compute_dtype)
+    _, states = jax.lax.scan(layer, embedded, (params["layers"], _windows(config)))
+    return jnp.concatenate([embedded[None], states])
 
 
 def head_matrix(config: ModelConfig, params: Params) -> Float[Array, "d_model vocab"]:

@@ -109,21 +109,35 @@ def delta_cosine(
     Returns:
       The cosine; None where one of them has not moved at all.
     """
-    product = first = second = 0.0
+    parts = delta_products(one, other).values()
+    product, first, second = (sum(column) for column in zip(*parts, strict=True))
+    return product / math.sqrt(first * second) if first and second else None
+
+
+def delta_products(
+    one: tuple[ModelConfig, decoder.Params, decoder.Params], other: tuple[ModelConfig, decoder.Params, decoder.Params]
+) -> dict[tuple[tuple[str, ...], int], tuple[float, float, float]]:
+    """What `delta_cosine` is made of, matrix by matrix: the inner product of the two changes and the squared length of each.
+
+    Keys are (path, layer); what is not stacked over layers has layer 0. Arguments as of `delta_cosine`.
+    """
     sides: list[tuple[ModelConfig, dict[tuple[str, ...], Any], dict[tuple[str, ...], Any]]] = [
         (config, flatten_dict(params), flatten_dict(base)) for config, params, base in (one, other)
     ]
     # A head that only an adapter gives is no leaf of either.
     names = {("head",), *(path for _, params, _ in sides for path in params if path[-1] not in _LEAVES)}
+    found = {}
     for path in sorted(names):
-        stacked = max((params[path].ndim for _, params, _ in sides if path in params), default=0) > 2
-        layers = len(next(params[path] for _, params, _ in sides if path in params)) if stacked else 0
-        for row in range(layers) if stacked else [...]:  # layer by layer: a stack in float64 may not fit
-            now, then = (_change(*side, path, row) for side in sides)
-            product += float(np.sum(now * then))
-            first += float(np.sum(np.square(now)))
-            second += float(np.sum(np.square(then)))
-    return product / math.sqrt(first * second) if first and second else None
+        stacked = path[0] == "layers"
+        layers = len(next(params[path] for _, params, _ in sides if path in params)) if stacked else 1
+        for layer in range(layers):  # layer by layer: a stack in float64 may not fit
+            now, then = (_change(*side, path, layer if stacked else ...) for side in sides)
+            found[path, layer] = (
+                float(np.sum(now * then)),
+                float(np.sum(np.square(now))),
+                float(np.sum(np.square(then))),
+            )
+    return found
 
 
 def _change(config: ModelConfig, params: dict, base: dict, path: tuple[str, ...], row: Any) -> Any:

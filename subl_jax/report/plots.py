@@ -280,7 +280,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def interval_chart(
-    title: str, bands: Sequence[Band], x_label: str, note: str = "", marked_x: float | None = None
+    title: str, bands: Sequence[Band], x_label: str, note: str = "", marked_x: float | None = None, whole: bool = False
 ) -> str:
     """Lines with their intervals as shaded bands and single replicates as thin lines.
 
@@ -293,6 +293,7 @@ def interval_chart(
       x_label: under the x axis, which begins at zero.
       note: the caption.
       marked_x: where a dashed line stands.
+      whole: ticks of the x axis are whole numbers only.
 
     Raises:
       ValueError: no line, or a value that is not finite.
@@ -312,7 +313,7 @@ def interval_chart(
     else:
         ticks = nice_ticks(min([*drawn, *limits]), max([*drawn, *limits]))
     end = max(x for band in bands for x in band.x) or 1.0
-    x_ticks = [tick for tick in nice_ticks(0.0, end) if tick <= end]
+    x_ticks = [tick for tick in nice_ticks(0.0, end) if tick <= end and not (whole and tick % 1)]
     scale = math.log10 if log else float
     y_domain, x_domain = (scale(ticks[0]), scale(ticks[-1])), (0.0, end)
 

@@ -27,10 +27,17 @@ def _rotate(head: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray
 
 def logits(config: ModelConfig, params: Any, tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """[time, vocab] of one document of ids [time]."""
+    x = _norm(states(config, params, tokens, positions)[-1], np.asarray(params["final_norm"]["scale"]), config.rms_eps)
+    return x @ np.asarray(params["embedding"].T if config.tie_embeddings else params["head"], np.float64)
+
+
+def states(config: ModelConfig, params: Any, tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+    """[layers + 1, time, d_model]: the embedding of one document of ids [time], and what every layer makes of it."""
     weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     time = len(tokens)
     positions = np.arange(time) if positions is None else positions
     x = weights["embedding"][np.asarray(tokens)]
+    found = [x]
     for number in range(config.num_layers):
         layer = jax.tree.map(lambda leaf, number=number: leaf[number], weights["layers"])
         h = _norm(x, layer["attention_norm"]["scale"], config.rms_eps)
@@ -50,8 +57,8 @@ def logits(config: ModelConfig, params: Any, tokens: np.ndarray, positions: np.n
         h = _norm(x, layer["mlp_norm"]["scale"], config.rms_eps)
         gate = h @ layer["gate"]["kernel"]
         x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["up"]["kernel"])) @ layer["down"]["kernel"]
-    x = _norm(x, weights["final_norm"]["scale"], config.rms_eps)
-    return x @ (weights["embedding"].T if config.tie_embeddings else weights["head"])
+        found.append(x)
+    return np.stack(found)
 
 
 def _head_counts(config: ModelConfig) -> dict[str, int]:

@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from subl_jax.models import decoder
-from subl_jax.models.config import ModelConfig
+from subl_jax.models.config import LoraConfig, ModelConfig
 from tests.models import numpy_llama
 
 TINY = ModelConfig(
@@ -94,6 +94,36 @@ def test_logits_equal_a_float64_llama(config):
     for row, sequence in zip(ours, tokens, strict=True):
         expected = numpy_llama.logits(config, params, sequence)
         np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-4)
+
+
+residual_stream = jax.jit(decoder.residual_stream, static_argnums=0)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"h{c.num_heads}l{c.num_layers}")
+def test_the_states_between_the_layers_equal_a_float64_llama_also_in_packed_rows(config):
+    params = parameters(config)
+    parts = documents(config, 7, 1, 5)
+    packed = np.asarray(residual_stream(config, params, *row_of(*pack(parts, 17))))
+    assert packed.shape == (config.num_layers + 1, 1, 17, config.d_model)
+    cursor = 0
+    for part in parts:
+        expected = numpy_llama.states(config, params, part)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(packed[:, 0, cursor : cursor + len(part)], expected, rtol=1e-4, atol=1e-5 * scale)
+        cursor += len(part)
+
+
+def test_the_last_state_is_what_the_decoder_normalises_with_windows_and_adapters_too():
+    adapter = LoraConfig(rank=2, targets=("q", "down"))
+    config = dataclasses.replace(TINY, windows=(3, 0), qkv_bias=True, qk_norm=True, lora=adapter)
+    params = parameters(config)
+    row = row_of(*pack(documents(config, 9, 6), 16))
+    hidden = np.asarray(apply(config, params, {}, *row)[0], np.float64)
+    last = np.asarray(residual_stream(config, params, *row)[-1], np.float64)
+    normed = last / np.sqrt((last**2).mean(-1, keepdims=True) + config.rms_eps)
+    np.testing.assert_allclose(hidden, normed * np.asarray(params["final_norm"]["scale"]), rtol=1e-4, atol=1e-5)
+    unwindowed = residual_stream(dataclasses.replace(config, windows=()), params, *row)
+    assert np.abs(np.asarray(unwindowed[-1]) - last).max() > 1e-3
 
 
 def test_only_relative_positions_matter():

@@ -87,6 +87,29 @@ def test_logits_and_greedy_tokens_equal_transformers(tmp_path, case, shape):
     np.testing.assert_array_equal(ours[:, PROMPT - 1 : -1].argmax(-1), tokens[:, PROMPT:])
 
 
+@pytest.mark.parametrize("case", ["llama3_untied", "qwen2", "qwen3"])
+def test_the_states_between_the_layers_equal_transformers_hidden_states(tmp_path, case):
+    family, options = CASES[case]
+    model = hf_folders.random_model(family, seed=4, **{**SHAPES["wide_heads"], **options})
+    config, params = imported(hf_folders.save(model, tmp_path / "hf"))
+    tokens = np.asarray(prompts_for(model))
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    ours = np.asarray(
+        decoder.residual_stream(config, params, *map(jnp.asarray, (tokens, positions, np.ones_like(tokens))))
+    )
+    with torch.no_grad():
+        told = model(torch.tensor(tokens.astype(np.int64)), output_hidden_states=True).hidden_states
+    assert len(ours) == len(told) == config.num_layers + 1
+    # Theirs are normalised behind the last layer; ours are not.
+    for mine, theirs in zip(ours[:-1], told[:-1], strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-4)
+    last = np.asarray(ours[-1], np.float64)
+    normed = (
+        last / np.sqrt((last**2).mean(-1, keepdims=True) + config.rms_eps) * np.asarray(params["final_norm"]["scale"])
+    )
+    np.testing.assert_allclose(normed, told[-1].numpy(), rtol=1e-4, atol=1e-4)
+
+
 WINDOWED = {
     "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1, num_hidden_layers=3)),
     "qwen3": (

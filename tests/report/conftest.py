@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from subl_jax.report import grid, html
+from subl_jax.report import grid, html, locate
 from tests.grid.fake_cells import fake_document
-from tests.report import fake_episodes, fake_run
+from tests.report import fake_episodes, fake_located, fake_run
 
 PAIRS = ("large_large", "small_small", "large_small")
 HOLES = (("api", 1, "student@large_small"), ("bash", 0, "sanitize@small"))
@@ -47,12 +47,13 @@ def episodes(document: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def reports(analysed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both kinds of report as files, with episodes of every model."""
+    """The kinds of report as files, with episodes of every model."""
     folder = tmp_path_factory.mktemp("reports")
-    paths = {name: folder / f"{name}.html" for name in ("run", "grid")}
+    paths = {name: folder / f"{name}.html" for name in ("run", "grid", "locate")}
     examples = fake_episodes.tasks("api", tuple(fake_run.RATES))
     html.write_report(paths["run"], fake_run.summary(), fake_run.curves(), examples, None, {"seeds": [0, 1, 2]})
     grid.write_report(paths["grid"], analysed, episodes_of(analysed), {"preset": "tiny"})
+    locate.write_report(paths["locate"], fake_located.result())
     return paths
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-REPORTS = ("run", "grid")
+REPORTS = ("run", "grid", "locate")
 WIDTHS = (1280, 390)
 SCHEMES = ("light", "dark")
 UNFOLD = "document.querySelectorAll('details').forEach(fold => fold.open = true)"
