@@ -20,7 +20,7 @@ from subl_jax.grid import document
 from subl_jax.grid.cells import Key
 from subl_jax.settings.registry import get_setting
 from subl_jax.studies import sweep_differences
-from subl_jax.studies.sweep_levels import Measured, line_of, measure
+from subl_jax.studies.sweep_levels import FIGURES, Measured, line_of, measure
 from subl_jax.studies.sweep_run import Design
 
 SCHEMA = 1
@@ -55,6 +55,7 @@ def analyse(directory: Path, design: Design, hashes: Mapping[Key, str], failures
              "reference": design.sweep.reference, "chart": design.sweep.chart}
         ),
         "wording": dataclasses.asdict(wording),
+        "figures": list(FIGURES),
         "levels": lines,
         "differences": differences,
         "defences": sweep_differences.defences(lines, differences) if design.sweep.chart == "defences" else [],
@@ -122,11 +123,11 @@ def answer(found: Mapping[str, Any]) -> str:
     seeds = len(found["seeds"])
     scope = "within this one run" if seeds == 1 else f"over {seeds} seeds"
     told = (
-        f"The contrast differs from the reference's at {', '.join(moved)}"
+        f"The contrast differs from the one that it is compared with at {', '.join(moved)}"
         if moved
-        else "No level's contrast is shown to differ"
+        else "No level's contrast is shown to differ from the one that it is compared with"
     )
-    parts.append(f"{told} {scope}, Holm's adjustment over the levels; contrasts in points.")
+    parts.append(f"{told} ({scope}; p adjusted over the levels by Holm's method; contrasts in points).")
     return " ".join(parts)
 
 

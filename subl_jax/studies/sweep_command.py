@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -24,6 +25,9 @@ from subl_jax.settings.registry import SETTINGS, get_setting
 from subl_jax.studies import sweep
 from subl_jax.studies.dissections import DISSECTIONS, listed
 from subl_jax.studies.sweep import Sweep, SweepError
+
+if TYPE_CHECKING:
+    from subl_jax.studies.sweep_run import SweepRun
 
 
 def define_flags() -> None:
@@ -104,10 +108,11 @@ def reference_from_flags() -> ExperimentConfig:
     for name, instead in ours.items():
         if flag[name].present:
             raise SweepError(f"--{name} is set by the sweep: use {instead}")
-    if flag["config.student.objectives"].present and len(flag["config.student.objectives"].value) != 1:
+    arms = flag["config.student.objectives"].value or ()
+    if len(arms) > 1:
         raise SweepError(
-            f"--config.student.objectives={','.join(flag['config.student.objectives'].value)}: a level has one arm; to compare "
-            "arms use --vary=student.objectives=full,hard, and --positive_control for that one"
+            f"--config.student.objectives={','.join(arms)}: a level has one arm; to compare arms use "
+            "--vary=student.objectives=full,hard, and for the positive one --positive_control"
         )
     config = configuration.from_flags(PRESETS[flag.preset](flag.setting))
     return sources.resolve(dataclasses.replace(config, pair=flag.pair or config.pair))
@@ -155,10 +160,23 @@ def _refuse_flags_of_a_run() -> None:
     """Refuses flags that a report from cells would not look at."""
     flag = flags.FLAGS
     fields = [name for name, _, _ in configuration.leaves(PRESETS["tiny"]())]
-    named = ("vary", "dissection", "name", "reference", "setting", "preset", "pair", "seeds", "positive_control", "workdir")
+    named = (
+        "vary",
+        "dissection",
+        "name",
+        "reference",
+        "setting",
+        "preset",
+        "pair",
+        "seeds",
+        "positive_control",
+        "workdir",
+    )
     given = [name for name in (*named, *fields) if flag[name].present]
     if given:
-        raise SweepError(f"--{given[0]} does nothing with --report_only: what was swept stands in design.json beside the cells")
+        raise SweepError(
+            f"--{given[0]} does nothing with --report_only: what was swept stands in design.json beside the cells"
+        )
     if not flag.cells:
         raise SweepError("--report_only needs --cells; say where the cells lie, e.g. --cells=docs/sweeps/temperature")
 
