@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import math
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from subl_jax import config as configuration
@@ -118,9 +120,10 @@ def near(name: str, known: typing.Iterable[str]) -> str:
 # --- Values of fields ---------------------------------------------------------------------------------------------------
 
 
-def kinds(config: ExperimentConfig) -> dict[str, Any]:
+@functools.lru_cache(maxsize=64)
+def kinds(config: ExperimentConfig) -> Mapping[str, Any]:
     """Dotted field (without `config.`) -> its type."""
-    return {name.removeprefix("config."): kind for name, _, kind in configuration.leaves(config)}
+    return MappingProxyType({name.removeprefix("config."): kind for name, _, kind in configuration.leaves(config)})
 
 
 def value_of(config: ExperimentConfig, field: str) -> Any:

@@ -60,7 +60,7 @@ def namer(config: ExperimentConfig) -> functools.partial[str]:
 
 def value_name(value: Any) -> str:
     """A value in the characters that names of stages and files may have; different values have different names."""
-    text = quote(sweep.written(value), safe="+-._") or "none"
+    text = quote(sweep.written(value), safe="+-._").replace("~", "%7E") or "%empty"
     if len(text) > _LONGEST_VALUE:
         text = f"{text[:20]}-{artifacts.digest(sweep.written(value))[:8]}"
     return text
