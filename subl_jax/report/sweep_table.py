@@ -13,9 +13,9 @@ from typing import Any
 from subl_jax.report.table import MISSING, aligned, number, p_cell, percent, size_text, wrapped
 
 TRANSFER = (
-    "level", "student %", "control %", "benign %", "contrast, points [95% CI]", "p (Holm)", "utility", "verdict",
+    "level", "student %", "control %", "benign %", "contrast [95% CI]", "p (Holm)", "utility", "verdict",
 )  # fmt: skip
-AGAINST = ("level", "against", "difference, points [95% CI]", "p", "p (Holm)")
+AGAINST = ("level", "against", "difference [95% CI]", "p", "p (Holm)")
 
 
 def transfer_cells(line: Mapping[str, Any]) -> list[str]:
@@ -42,20 +42,21 @@ def render(document: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, document["seeds"]))
     head = f"{sweep['name']}: {document['setting']} setting, preset {document['preset']}, seed{'s' * (', ' in seeds)} {seeds}"
     rows = [(line["label"] + " *" * line["reference"], *transfer_cells(line)) for line in document["levels"]]
-    blocks = [[head], aligned(TRANSFER, rows)]
+    blocks = [[head], [*aligned(TRANSFER, rows), "contrast: student minus control, points; * reference"]]
     broken = [line for line in document["levels"] if line["broken"]]
     blocks += [[text for line in broken for text in wrapped(f"broken: {line['label']}: {'; '.join(line['broken'])}")]]
     names = {line["label"]: f"{line['label']}{': broken' * bool(line['broken'])}" for line in document["levels"]}
-    compared = [
-        (names[line["level"]], names[line["against"]], difference_text(line), *(
-            MISSING if line[name] is None else p_cell(line[name]) for name in ("p_value", "p_adjusted")
-        ))
-        for line in document["differences"]
-        if line["measure"] == "behaviour"
-    ]  # fmt: skip
-    if compared:
-        blocks.append(["contrast of each level minus that of the one it is compared with (* reference)"])
-        blocks[-1] += aligned(AGAINST, compared)
+    compared = [line for line in document["differences"] if line["measure"] == "behaviour"]
+    against = {line["against"] for line in compared}
+    rows = []
+    for line in compared:
+        cells = [MISSING if line[name] is None else p_cell(line[name]) for name in ("p_value", "p_adjusted")]
+        lead = [names[line["level"]], *([names[line["against"]]] if len(against) > 1 else [])]
+        rows.append((*lead, difference_text(line), *cells))
+    if rows:
+        header = AGAINST if len(against) > 1 else (AGAINST[0], *AGAINST[2:])
+        other = "the one that it is compared with" if len(against) > 1 else f"the reference, {names[min(against)]}"
+        blocks.append([f"contrast in points, minus that of {other}", *aligned(header, rows)])
     missing = [
         text
         for line in document["missing"]
