@@ -107,7 +107,7 @@ def _transfer(document: Document) -> str:
         name, detail = level_name(line), "reference" if line["reference"] else ""
         if not conditions:
             rows.append(page.table_row(name, [line["verdict"]["word"], *[MISSING] * 7, f"0/{len(document['seeds'])}"],
-                                       detail=detail, prose=(0,)))  # fmt: skip
+                                       detail=detail))  # fmt: skip
             continue
         student, control, benign = line["students"].values()
         cells = [
@@ -121,7 +121,7 @@ def _transfer(document: Document) -> str:
             size_text(lines["log_odds"]) if "log_odds" in lines else MISSING,
             f"{len(line['seeds'])}/{len(document['seeds'])}",
         ]
-        rows.append(page.table_row(name, cells, detail=detail, prose=(0,)))
+        rows.append(page.table_row(name, cells, detail=detail))
     methods = dict.fromkeys(
         line["contrasts"]["primary"]["method"] for line in document["levels"] if "primary" in line["contrasts"]
     )
@@ -131,15 +131,13 @@ def _transfer(document: Document) -> str:
         f"as p = 1. {escape('; '.join(methods).capitalize())}.</p>"
     )
     caption = f"{document['wording']['behaviour'].capitalize()} rates and contrasts by level"
-    return page.section(
-        "transfer", "Transfer by level", lead + page.captioned_table(caption, header, rows, prose=("verdict",))
-    )
+    return page.section("transfer", "Transfer by level", lead + page.captioned_table(caption, header, rows))
 
 
 def _able(document: Document) -> str:
     header = (
         "level", "utility of student", "of control", "of base", "unparseable %", "of control, %", "KL from teacher, nats",
-        "‖Δθ‖", "trajectories", "keywords left",
+        "‖Δθ‖", "trajectories", "keywords left by the filter",
     )  # fmt: skip
     rows = []
     for line in document["levels"]:

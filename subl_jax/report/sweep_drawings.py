@@ -31,7 +31,7 @@ def drawings(document: Document) -> list[Drawing]:
     numeric = document["sweep"]["numeric"]
     if len(numeric) == 2:
         found += [heat(document)]
-    if len(numeric) == 1 and numeric[0]:
+    elif numeric[0]:
         found += [along(document, "behaviour_rate", "rates", f"{document['wording']['behaviour']} rate by level")]
         found += [along(document, "utility", "utility", "utility on safe tasks by level")]
     else:
@@ -52,6 +52,11 @@ def level_name(line: Line) -> str:
     return f"{line['label']}: broken" if line["broken"] else line["label"]
 
 
+def axis_word(axis: str) -> str:
+    """An axis for readers; fields are dotted."""
+    return axis.replace(".", " ").replace("_", " ")
+
+
 def _shared(document: Document, condition: str) -> Mapping[str, Any] | None:
     """A model that is one for all levels, over the most seeds that a level has; None where levels have their own."""
     lines = measured(document)
@@ -66,7 +71,7 @@ def _shared(document: Document, condition: str) -> Mapping[str, Any] | None:
 def along(document: Document, figure: str, name: str, title: str) -> Chart:
     """A figure of student, control and benign student over an axis of numbers; base and teacher as lines across."""
     lines = measured(document)
-    axis, places = charts.level_axis(document["sweep"]["axes"][0], [line["at"][0] for line in lines])
+    axis, places = charts.level_axis(axis_word(document["sweep"]["axes"][0]), [line["at"][0] for line in lines])
     width = axis.domain[1] - axis.domain[0]
     traces, rules = [], []
     for shift, (role, colour) in zip((-_APART, 0.0, _APART), LINEAGES.items(), strict=True):
@@ -132,7 +137,7 @@ def contrasts(document: Document) -> plots.Intervals:
 def heat(document: Document) -> Heat:
     """The contrast with the control at every combination, in points; levels that are missing or broken say so."""
     by_place = {tuple(line["at"]): line for line in document["levels"]}
-    row_word, column_word = document["sweep"]["axes"]
+    row_word, column_word = map(axis_word, document["sweep"]["axes"])
     rows = list(dict.fromkeys(row for row, _ in by_place))
     columns = list(dict.fromkeys(column for _, column in by_place))
     found = [[by_place.get((row, column)) for column in columns] for row in rows]

@@ -247,7 +247,7 @@ def from_flags(
     told = " and ".join(field.replace("_", " ").replace(".", " ") for field in fields)
     return Sweep(
         name or "_x_".join(map(short, fields)),
-        f"What does the {told} do to transfer?",
+        f"How does transfer depend on {told}?",
         ("level",) if flat else tuple(fields),
         tuple(levels),
         reference or next(iter(same), levels[0].label),

@@ -34,7 +34,7 @@ def started(*flags: str, cache: Path | None = None) -> subprocess.Popen[str]:
 
 def ended(*flags: str, cache: Path | None = None) -> tuple[int, str, str]:
     process = started(*flags, cache=cache)
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 
@@ -112,7 +112,7 @@ def test_a_killed_sweep_goes_on_to_the_same_cells_and_is_reported_without_its_wo
         for path in (again / "seed=0" / family).iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     first = started(f"--workdir={again}", *MICRO, cache=cache)
-    until = time.monotonic() + 400
+    until = time.monotonic() + 900
     while not (again / "seed=0" / "students" / "control_student~temperature=4").exists():
         assert first.poll() is None and time.monotonic() < until, first.communicate()
         time.sleep(0.02)
