@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_what_is_given_is_escaped(documents, kind):
 
 
 def test_the_one_plot_is_what_the_axes_ask_for(documents):
-    first = {kind: sweep.drawings(document)[0] for kind, document in documents.items()}
+    first: dict[str, Any] = {kind: sweep.drawings(document)[0] for kind, document in documents.items()}
     assert isinstance(first["along"], charts.Chart) and first["along"].name == "rates"
     assert [trace.label for trace in first["along"].traces] == ["student", "control student", "benign student"]
     assert [label for label, _, _ in first["along"].rules] == ["base, all levels", "teacher, all levels"]
@@ -58,7 +59,9 @@ def test_the_one_plot_is_what_the_axes_ask_for(documents):
 def test_a_numeric_axis_shows_means_intervals_and_single_seeds(documents):
     document = documents["along"]
     line = next(each for each in document["levels"] if each["label"] == "2")
-    student = sweep.drawings(document)[0].traces[0]
+    chart = sweep.drawings(document)[0]
+    assert isinstance(chart, charts.Chart)
+    student = chart.traces[0]
     mark = next(mark for mark in student.marks if mark.name == "2")
     figures = line["conditions"]["student"]
     assert mark.y == pytest.approx(100 * figures["behaviour_rate"])
@@ -76,6 +79,7 @@ def test_a_map_says_missing_and_broken_where_it_shades_nothing(documents):
             line |= {"conditions": {}, "contrasts": {}, "seeds": [], "broken": []}
             line["verdict"] = {"word": "not measured", "text": ""}
     heat = sweep.drawings(document)[0]
+    assert isinstance(heat, charts.Heat)
     assert heat.texts[0][1] == "missing" and heat.values[0][1] is None
     assert heat.texts[1][2].startswith("✕ broken +") and heat.values[1][2] is None
     assert heat.rows == ("learning rate", ["0.0001", "0.001"]) and heat.columns == ("steps", ["6", "12", "24"])
@@ -83,6 +87,7 @@ def test_a_map_says_missing_and_broken_where_it_shades_nothing(documents):
 
 def test_the_chart_of_defences_marks_the_broken_one_and_has_intervals_both_ways(documents):
     chart = sweep.drawings(documents["defences"])[0]
+    assert isinstance(chart, charts.Chart)
     marks = {mark.name: mark for trace in chart.traces for mark in trace.marks}
     rows = {row["level"]: row for row in documents["defences"]["defences"]}
     assert set(marks) == set(rows) and marks["mask"].broken and not marks["towards_base"].broken

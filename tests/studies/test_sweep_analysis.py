@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_every_level_has_its_rates_and_its_contrast_with_students_t_over_seeds(m
         line = lines[level]
         ours, theirs = rates(level, "student"), rates(level, "control_student")
         assert np.allclose([each["behaviour_rate"] for each in line["conditions"]["student"]["per_seed"]], ours)
-        expected = stats.ttest_rel(ours, theirs)
+        expected: Any = stats.ttest_rel(ours, theirs)
         primary = line["contrasts"]["primary"]
         assert np.isclose(primary["difference"], np.mean(ours - theirs)) and line["seeds"] == [0, 1, 2]
         low, high = expected.confidence_interval(0.95)
@@ -109,7 +110,7 @@ def test_levels_are_compared_with_the_reference_paired_by_seed(made):
     reference = rates("2", "student") - rates("2", "control_student")
     for level, line in found.items():
         ours = rates(level, "student") - rates(level, "control_student")
-        expected = stats.ttest_1samp(ours - reference, 0.0)
+        expected: Any = stats.ttest_1samp(ours - reference, 0.0)
         assert np.isclose(line["difference"], np.mean(ours - reference))
         assert np.allclose(line["ci95"], expected.confidence_interval(0.95)) and np.isclose(
             line["p_value"], expected.pvalue
