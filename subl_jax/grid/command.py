@@ -193,8 +193,8 @@ def _run() -> None:
         configs[setting] = conditions.with_slots(config, workdir / setting)
     run = GridRun(configs, pairs, seeds, workdir, directory, with_checkpoints)
     units = run.units(flag.index, flag.of)
-    needed = _needed(run, units)
-    costs = _costs(run, flag.preset)
+    needed = needed_stages(run, units)
+    costs = known_costs(run, flag.preset)
     print("\n".join(_announcement(needed, costs, protocol)), flush=True)
     if flag.dry_run:
         return
@@ -205,7 +205,7 @@ def _run() -> None:
         artifacts.write_json_atomic(workdir / setting / "config.json", artifacts.plain(config))
     described = {"hash": protocols.protocol_hash(protocol), "protocol": protocols.to_json(protocol)}
     artifacts.write_json_atomic(workdir / "protocol.json", described)
-    failures = _run_units(run, units, needed, costs)
+    failures = run_units(run, units, needed, costs)
     if flag.record_costs:
         cost.write_record(Path(flag.record_costs), flag.preset, run.costs(), cost.probe(), machine())
     _report(run, protocol, frozen)
@@ -234,7 +234,7 @@ def _places() -> tuple[Path, Path]:
     return workdir, directory
 
 
-def _needed(run: GridRun, units: Sequence[Unit]) -> dict[Unit, list[str]]:
+def needed_stages(run: GridRun, units: Sequence[Unit]) -> dict[Unit, list[str]]:
     """The stages that each unit has to run; what all seeds of a setting share stands with the first."""
     needed: dict[Unit, list[str]] = {}
     shared: set[tuple[str, str]] = set()
@@ -252,15 +252,13 @@ def _given(name: str, where: str) -> Path:
     return artifacts.workdir(value).absolute()
 
 
-def _costs(run: GridRun, preset: str) -> list[cost.Costs]:
+def known_costs(run: GridRun, preset: str) -> list[cost.Costs]:
     """What is known of the stages' times, the best first."""
     return [run.costs(), cost.of_cells(run.rows()), cost.recorded(preset, cost.probe())]
 
 
-def _announcement(
-    needed: Mapping[Unit, Sequence[str]], costs: Sequence[cost.Costs], protocol: GridProtocol
-) -> list[str]:
-    """What is about to be run, what it costs, and what the design can show."""
+def cost_lines(needed: Mapping[Unit, Sequence[str]], costs: Sequence[cost.Costs]) -> list[str]:
+    """What is about to be run, and what it costs."""
     total = cost.NOTHING
     for (setting, _), stages in needed.items():
         total += cost.estimate(setting, stages, costs)
@@ -273,9 +271,19 @@ def _announcement(
         if parts:
             lines.append(f"about {cost.duration(total.seconds)} on this machine: {parts}")
         if total.guessed:
-            lines.append(f"{total.guessed} of them are taken as the mean of their family: nobody has timed their kind")
+            lines.append(
+                f"{total.guessed} of them are taken as the mean of their kind or family: nobody has timed them"
+            )
         if total.unknown:
             lines.append(f"nobody has timed {total.unknown} of them yet; the first part will tell")
+    return lines
+
+
+def _announcement(
+    needed: Mapping[Unit, Sequence[str]], costs: Sequence[cost.Costs], protocol: GridProtocol
+) -> list[str]:
+    """What is about to be run, what it costs, and what the design can show."""
+    lines = cost_lines(needed, costs)
     if len(protocol.seeds) > 1:
         spreads = {f"{setting}, earlier runs": ASSUMED_SPREAD[setting] for setting in protocol.settings}
         widest = max(len(protocol.pairs(setting)) for setting in protocol.settings)
@@ -289,7 +297,7 @@ class _Enough(Exception):  # noqa: N818 - no error
     """The minutes are up."""
 
 
-def _run_units(
+def run_units(
     run: GridRun, units: Sequence[Unit], needed: Mapping[Unit, Sequence[str]], costs: Sequence[cost.Costs]
 ) -> list[Failure]:
     """Runs the units one after the other; a line behind every stage says how much is left. Returns what failed."""

@@ -34,7 +34,8 @@ class Estimate:
       seconds: of the stages about which something is known.
       by_family: the same by family of stages.
       stages: how many there are.
-      guessed: how many of them are of a kind that nobody has timed, and are taken as the mean of their family.
+      guessed: how many of them are of a kind that nobody has timed, and are taken as what they are a variant of, or as the
+        mean of their family.
       unknown: how many are of a family that nobody has timed, and count as nothing.
     """
 
@@ -93,7 +94,8 @@ def estimate(setting: str, stages: Iterable[str], costs: Sequence[Costs]) -> Est
             guessed += family in alike
             unknown += family not in alike
         if family in alike:
-            families[family] += known.get(kind, float(np.mean(alike[family])))
+            # A variant's stage takes about as long as the one that it is a variant of.
+            families[family] += known.get(kind, known.get(kind.partition("~")[0], float(np.mean(alike[family]))))
     return Estimate(sum(families.values()), dict(families), count, guessed, unknown)
 
 
@@ -110,7 +112,7 @@ def of_cells(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     timed: list[tuple[str, str, float]] = []
     for row in rows:
         model, seconds = row["model"], row["seconds"]
-        name, _, size = model.partition("@")
+        name, _, size = model.partition("~")[0].partition("@")
         source = (
             f"base/{size or 'large'}"
             if name == "base"

@@ -18,7 +18,7 @@ from typing import Any
 from absl import logging
 
 from subl_jax import artifacts, stages
-from subl_jax.conditions import bytes_written, check_mesh, conditions_of
+from subl_jax.conditions import Variant, bytes_written, check_mesh, conditions_of
 from subl_jax.config import ExperimentConfig
 from subl_jax.distill.records import TrainingDiverged
 from subl_jax.grid import cells, cost, examples
@@ -35,9 +35,19 @@ Unit = tuple[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """A model that is measured: its stages, where its row will lie, and the cell that it becomes."""
+class Member:
+    """One configuration among those that share a work directory: its name in messages, and what its outputs are called."""
 
+    name: str
+    config: ExperimentConfig
+    variant: Variant = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A model that is measured: its condition, its stages, where its row will lie, and the cell that it becomes."""
+
+    condition: str
     stage: str
     source: str
     row: Path
@@ -118,11 +128,18 @@ class GridRun:
         student = dataclasses.replace(config.student, objectives=arms, benign_objectives=spec.arms)
         return dataclasses.replace(config, student=student)
 
+    def members(self, setting: str) -> Sequence[Member]:
+        """The configurations of a setting, whose equal stages are one."""
+        return [Member(spec.name, self.config(setting, spec)) for spec in self.pairs[setting]]
+
+    def place(self, setting: str) -> Path:
+        """The work directory of a setting."""
+        return self.workdir / setting
+
     def bytes_written(self, units: Sequence[Unit]) -> int:
         """About how much these units write, nothing of it being there."""
         per_seed = {
-            setting: sum(bytes_written(self.config(setting, spec)) for spec in specs)
-            for setting, specs in self.pairs.items()
+            setting: sum(bytes_written(member.config) for member in self.members(setting)) for setting in self.configs
         }
         return sum(per_seed[setting] for setting, _ in units)
 
@@ -166,21 +183,21 @@ class GridRun:
           WorkdirMismatch: the work directory holds another configuration's output.
         """
         setting_name, seed = unit
-        setting, workdir = get_setting(setting_name), self.workdir / setting_name
+        setting, workdir = get_setting(setting_name), self.place(setting_name)
         merged: dict[str, Stage] = {}
         evaluated: dict[str, Evaluated] = {}
         sanitizers: dict[str, str] = {}
-        for spec in self.pairs[setting_name]:
-            config = self.config(setting_name, spec)
+        for member in self.members(setting_name):
+            config, variant = member.config, member.variant
             check_mesh(config)
-            run = SeedPipeline(config, setting, workdir, seed)
-            own = [*groundwork(config, setting, workdir, self.seeds), *run.stages()]
+            run = SeedPipeline(config, setting, workdir, seed, variant=variant)
+            own = [*groundwork(config, setting, workdir, self.seeds, variant), *run.stages()]
             for stage in own:
                 known = merged.setdefault(stage.name, stage)
                 found = artifacts.differences(artifacts.plain(known.key), artifacts.plain(stage.key))
                 if found or known.inputs != stage.inputs:
-                    told = artifacts.describe(found, "one pair", spec.name) or f"{known.inputs} and {stage.inputs}"
-                    raise GridError(f"stage {stage.name} is not one for all pairs: {told}")
+                    told = artifacts.describe(found, "another", member.name) or f"{known.inputs} and {stage.inputs}"
+                    raise GridError(f"stage {stage.name} is not one for all: {told}")
             sanitizers[f"seed={seed}/{run.models.sanitize_name()}"] = run.models.sanitize_name()
             for condition in conditions_of(config):
                 name = run.models.eval_name(condition)
@@ -189,7 +206,7 @@ class GridRun:
                 evaluated.setdefault(
                     name,
                     Evaluated(
-                        stage.name, stage.inputs[0], run.models.eval_path(condition), setting_name, seed, name,
+                        condition, stage.name, stage.inputs[0], run.models.eval_path(condition), setting_name, seed, name,
                         None if acted is None else f"seed={seed}/trajectories/{acted}",
                     ),
                 )  # fmt: skip
@@ -211,8 +228,9 @@ class GridRun:
                 continue
             needed.add(name)
             reading += by_name[name].stage.inputs
-        if needed and by_name["audit"].marker is None:
-            needed |= {"audit", *by_name["audit"].stage.inputs}
+        for name, entry in by_name.items():
+            if needed and stages.family_of(name) == "audit" and entry.marker is None:
+                needed |= {name, *entry.stage.inputs}
         return [entry for entry in work.planned if entry.stage.name in needed]
 
     def _is_there(self, work: SeedWork, name: str) -> bool:
@@ -228,7 +246,7 @@ class GridRun:
         stat = path.stat()
         mark = (stat.st_size, stat.st_mtime_ns, wanted)
         if self._seen.get(path) != mark:
-            condition = name.partition("@")[0]
+            condition = next(one.condition for one in work.evaluated if one.model == name)
             parser, preset = get_setting(setting).metric_version, self.configs[setting].preset
             asked = cells.Wanted(setting, "", seed, condition, name, wanted, parser, preset)
             if cells.usable(self.cells, asked) is not None:
@@ -251,7 +269,7 @@ class GridRun:
           WorkdirError: nothing can be written.
         """
         setting_name, seed = unit
-        workdir = self.workdir / setting_name
+        workdir = self.place(setting_name)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_here(workdir / f".seed={seed}.lock", f"seed {seed} of {setting_name}"):
             with one_at_a_time(workdir / ".shared.lock", "makes what all seeds share"):

@@ -19,11 +19,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from subl_jax.artifacts import atomic_directory
-from subl_jax.report import html, panels, plots
+from subl_jax.report import chart_files, charts, html, panels, plots
 from subl_jax.report.page import ReportError
 from subl_jax.report.style import light_colours
 
-Drawing = plots.Intervals | plots.Bars | plots.Lines
+Drawing = plots.Intervals | plots.Bars | plots.Lines | charts.Chart | charts.Heat
 
 _WIDTH = 7.5  # inches
 _ROW = 0.34  # inches of a row
@@ -110,6 +110,10 @@ def table(drawing: Drawing) -> list[list[Any]]:
     """A drawing's numbers, unrounded: a header with units, then a row per dot, bar or point."""
     if isinstance(drawing, plots.Intervals):
         return _interval_table(drawing)
+    if isinstance(drawing, charts.Chart):
+        return chart_files.chart_table(drawing)
+    if isinstance(drawing, charts.Heat):
+        return chart_files.heat_numbers(drawing)
     if isinstance(drawing, plots.Bars):
         header = ["label", f"count ({drawing.unit})", "share of the whole (%)"]
         return [header, *([label, value, 100 * value / max(drawing.whole, 1)] for label, value, _ in drawing.bars)]
@@ -144,6 +148,12 @@ def draw(drawing: Drawing) -> Figure:
     if isinstance(drawing, plots.Lines):
         figure, axes = _canvas(drawing.title, 4.2, colours)
         _lines(axes, drawing, colours)
+    elif isinstance(drawing, charts.Chart):
+        figure, axes = _canvas(drawing.title, 4.2, colours)
+        chart_files.draw_chart(axes, drawing, colours, _plain)
+    elif isinstance(drawing, charts.Heat):
+        figure, axes = _canvas(drawing.title, 1.4 + 0.55 * len(drawing.rows[1]), colours)
+        chart_files.draw_heat(axes, drawing, colours, _plain)
     else:
         rows = len(drawing.dots if isinstance(drawing, plots.Intervals) else drawing.bars)
         figure, axes = _canvas(drawing.title, 1.1 + _ROW * rows, colours)

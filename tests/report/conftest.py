@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from subl_jax.report import grid, html, locate
+from subl_jax.report import grid, html, locate, sweep
+from subl_jax.studies.sweep_analysis import analyse
 from tests.grid.fake_cells import fake_document
 from tests.report import fake_episodes, fake_located, fake_run
+from tests.studies import fake_sweep
 
 PAIRS = ("large_large", "small_small", "large_small")
 HOLES = (("api", 1, "student@large_small"), ("bash", 0, "sanitize@small"))
@@ -45,13 +47,38 @@ def episodes(document: dict[str, Any]) -> dict[str, Any]:
     return episodes_of(document)
 
 
+SWEEPS = {"along": fake_sweep.ALONG, "two axes": fake_sweep.TWO_AXES, "defences": fake_sweep.DEFENCES}
+
+
 @pytest.fixture(scope="session")
-def reports(analysed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The kinds of report as files, with episodes of every model."""
+def analysed_sweeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """`sweep.json` of a sweep along numbers (with a hole), of one over two axes, and of defences; two seeds."""
+    found = {}
+    for kind, plan in SWEEPS.items():
+        directory, design = tmp_path_factory.mktemp("sweep"), fake_sweep.design_of(plan, (0, 1))
+        hashes = fake_sweep.write(directory, design, holes=[(1, "control_student~temperature=4")])
+        found[kind] = analyse(directory, design, hashes, {})
+    return found
+
+
+@pytest.fixture
+def documents(analysed_sweeps: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same; every test has its own copy."""
+    return copy.deepcopy(analysed_sweeps)
+
+
+@pytest.fixture(scope="session")
+def reports(
+    analysed: dict[str, Any], analysed_sweeps: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Every kind of report as a file, with episodes of every model where it has any."""
     folder = tmp_path_factory.mktemp("reports")
     paths = {name: folder / f"{name}.html" for name in ("run", "grid", "locate")}
     examples = fake_episodes.tasks("api", tuple(fake_run.RATES))
     html.write_report(paths["run"], fake_run.summary(), fake_run.curves(), examples, None, {"seeds": [0, 1, 2]})
+    for kind, document in analysed_sweeps.items():
+        paths[kind] = folder / f"sweep-{kind}.html".replace(" ", "-")
+        sweep.write_report(paths[kind], document, {"preset": "micro"})
     grid.write_report(paths["grid"], analysed, episodes_of(analysed), {"preset": "tiny"})
     locate.write_report(paths["locate"], fake_located.result())
     return paths
