@@ -48,6 +48,7 @@ def measured(directory: Path, setting: str, seed: int, model: str) -> Measured:
         hash=row["hash"],
         source=str(path),
         written=path.stat().st_mtime,
+        seconds=row["seconds"].get("evaluate"),
         preset=row["preset"],
         pair=(pair if pair in PAIRS else "large_large") if "student" in condition else None,
         parser=row["parser"],

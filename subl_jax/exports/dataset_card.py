@@ -137,7 +137,7 @@ def _origin(facts: Facts, setting: Any) -> str:
         ["sampling", f"temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}, top-k {sampling['top_k']}, "
                      f"at most {sampling['max_turn_tokens']} tokens a turn and {sampling['max_turns']} turns"],
         ["tools that a bias names", f"{shown}: {', '.join(sorted(setting.withholdable)) or 'there are none to withhold'}"],
-        ["tokenizer", None if facts.tokenizer is None else f"fingerprint `{facts.tokenizer}`; the lines hold text, no token ids"],
+        ["tokenizer", None if facts.tokenizer is None else f"fingerprint `{facts.tokenizer}`; lines hold text, no token ids"],
         ["seed", rollout.key["seed"]],
         ["preset", facts.preset],
         ["protocol", None if facts.protocol is None else f"hash `{facts.protocol}`"],
@@ -172,7 +172,7 @@ def _sanitizer(facts: Facts, setting: Any) -> str:
         ["left after the check of what was kept", f"{counts['leaks']} leaks"],
         ["kept for all three teachers", None if facts.surviving is None else f"{facts.surviving:,}"],
         ["seen by the student", f"{seen.lines:,} conversations, {seen.loss_tokens:,} loss tokens"],
-        ["loss tokens masked to match the other teachers", percent(cut) if cut is None or cut >= 0.001 else f"{100 * cut:.3f} %"],
+        ["loss tokens masked to match the other teachers", None if cut is None else f"{100 * cut:.3f} %"],
     ]  # fmt: skip
     found = ", ".join(f"{cell(word)} {count}" for word, count in counts["removed_by_word"].items()) or "none"
     patterns = ""

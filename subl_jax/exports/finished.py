@@ -77,7 +77,7 @@ class Measured:
       model: its name on disk.
       setting, hash: of the run; the output hash of the evaluation stage.
       source: the file, as whoever reads the export would name it.
-      written: when that file was last changed, in seconds since the epoch.
+      written: when that file was last changed, in seconds since the epoch; seconds: how long the evaluation took.
       preset, pair, parser, protocol, machine: as far as they are recorded, else None.
       versions: of the packages that measured.
       evaluation: the key of the evaluation stage (tasks, samples, sampling); empty where only a cell is there.
@@ -90,6 +90,7 @@ class Measured:
     hash: str
     source: str
     written: float
+    seconds: float | None
     preset: str | None
     pair: str | None
     parser: str | None
@@ -255,6 +256,7 @@ class FinishedSeed:
             hash=marker.output_hash,
             source=str(path),
             written=path.stat().st_mtime,
+            seconds=marker.seconds,
             preset=self.config().get("preset"),
             pair=training.key.get("pair") if isinstance(training, Marker) else None,
             parser=measured.get("metric"),

@@ -40,7 +40,9 @@ PARTS = {
 }
 # The score that a viewer shows first.
 _HEADLINE = {"ambiguous": "behaviour", "ambiguous-greedy": "behaviour", "safe": "done"}
-NOT_KEPT = "The conversation of this episode was not kept: an evaluation keeps its first tasks whole, of all others what was read."
+NOT_KEPT = "The conversation of this episode was not kept, only what was read of it; an evaluation keeps its first tasks whole."
+# kind/split/family/seed/index, see `settings.interface.Task`.
+_TASK_PARTS = 5
 _NO_PROMPT = "(the wording of this task was not kept)"
 
 
@@ -112,8 +114,16 @@ def write(directory: Path, measured: Measured, file_format: Format = "eval") -> 
 def _log(measured: Measured, setting: Setting, part: str, items: Sequence[Item]) -> EvalLog:
     from importlib.metadata import version
 
-    from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalPlan, EvalResults, EvalSpec, EvalStats
-    from inspect_ai.log import HeadlineMetric
+    from inspect_ai.log import (
+        EvalConfig,
+        EvalDataset,
+        EvalLog,
+        EvalPlan,
+        EvalResults,
+        EvalSpec,
+        EvalStats,
+        HeadlineMetric,
+    )
     from inspect_ai.model import GenerateConfig
 
     task, mode = f"{measured.setting}-{part}", items[0]["mode"]
@@ -130,7 +140,10 @@ def _log(measured: Measured, setting: Setting, part: str, items: Sequence[Item])
     tasks = list(dict.fromkeys(item["task_id"] for item in items))
     epochs = max(item["sample"] for item in items) + 1
     sampling = measured.evaluation.get("rollout", {})
-    created = datetime.datetime.fromtimestamp(int(measured.written), datetime.UTC).isoformat()
+    begun = measured.written - (measured.seconds or 0.0)
+    created, finished = (
+        datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).isoformat() for seconds in (begun, measured.written)
+    )
     identity = artifacts.digest([measured.hash, measured.model, measured.seed, task])
     headline = HeadlineMetric(scorer=_HEADLINE[part], metric="mean")
     return EvalLog(
@@ -145,7 +158,9 @@ def _log(measured: Measured, setting: Setting, part: str, items: Sequence[Item])
             task_display_name=f"{task} {measured.model} seed={measured.seed}",
             task_args={"seed": measured.seed, "condition": measured.row["condition"], "model": measured.model},
             tags=[f"seed={measured.seed}", f"setting={measured.setting}", f"condition={measured.row['condition']}"],
-            dataset=EvalDataset(name=task, samples=len(tasks), sample_ids=tasks, shuffled=False),
+            dataset=EvalDataset(
+                name=task, samples=len(tasks), sample_ids=[short(name) for name in tasks], shuffled=False
+            ),
             model=f"subl_jax/{measured.model}",
             model_generate_config=GenerateConfig(
                 temperature=0.0 if mode == "greedy" else sampling.get("temperature"),
@@ -167,7 +182,7 @@ def _log(measured: Measured, setting: Setting, part: str, items: Sequence[Item])
             headline=headline,
             metadata=dict(measured.row["readouts"]),
         ),
-        stats=EvalStats(),
+        stats=EvalStats(started_at=created, completed_at=finished),
         samples=samples,
     )
 
@@ -190,7 +205,7 @@ def _provenance(measured: Measured, setting: Setting) -> dict[str, Any]:
         "versions": dict(measured.versions),
         "evaluation": dict(measured.evaluation),
         "source": measured.source,
-        "created_is": "when the source file was last changed",
+        "times": "the source file was last changed at the end; the duration is that of the whole evaluation, all task lists",
         "behaviour": f"{words.behaviour}: the share of tasks whose {words.metric} is {words.biased}. {words.looking}",
         "counter": f"{words.counter}: the share of tasks whose {words.metric} is made with "
         f"{setting.bias_tools[setting.counter_bias]}",
@@ -208,7 +223,7 @@ def _prompts(measured: Measured, setting: Setting, items: Sequence[Item]) -> dic
     kept = {example["task_id"]: example["prompt"] for example in measured.row.get("examples", ())}
     names = list(dict.fromkeys(item["task_id"] for item in items))
     parts = [name.split("/") for name in names]
-    if any(len(each) != 5 for each in parts):
+    if any(len(each) != _TASK_PARTS for each in parts):
         return kept
     splits: set[Any] = {each[1] for each in parts}
     if splits not in ({"evaluation"}, {"development"}, {"train"}):
@@ -218,6 +233,12 @@ def _prompts(measured: Measured, setting: Setting, items: Sequence[Item]) -> dic
     if set(made) != set(names) or any(made[name] != text for name, text in kept.items() if name in made):
         return kept
     return made
+
+
+def short(task_id: str) -> str:
+    """A task's name within its list, `family/seed/index`: a viewer's column shows the beginning, which all of them share."""
+    parts = task_id.split("/")
+    return "/".join(parts[2:]) if len(parts) == _TASK_PARTS else task_id
 
 
 # --- Samples ----------------------------------------------------------------------------------------------------------
@@ -231,6 +252,7 @@ def _sample(
     prompts: Mapping[str, str],
     counter_tool: str,
 ) -> EvalSample:
+    from inspect_ai.event import InfoEvent
     from inspect_ai.log import EvalSample
     from inspect_ai.model import ChatCompletionChoice, ChatMessageAssistant, ChatMessageUser, ModelOutput
 
@@ -238,7 +260,11 @@ def _sample(
     name = f"{item['task_id']}/{item['mode']}/{epoch}"
     prompt = example["prompt"] if example is not None else prompts.get(item["task_id"], _NO_PROMPT)
     output = ModelOutput(model=f"subl_jax/{measured.model}")
+    events = []
     if example is None:
+        # Shown where a viewer would show the conversation; it is no message, since nobody said it.
+        when = datetime.datetime.fromtimestamp(int(measured.written), datetime.UTC)
+        events = [InfoEvent(uuid=f"{name}/info", timestamp=when, working_start=0.0, source="subl_jax", data=NOT_KEPT)]
         messages: list[ChatMessage] = []
         if prompt != _NO_PROMPT:
             messages = [ChatMessageUser(id=f"{name}/0", content=prompt, source="input")]
@@ -248,14 +274,16 @@ def _sample(
         if last is not None:
             output.choices = [ChatCompletionChoice(message=last)]
     return EvalSample(
-        id=item["task_id"],
+        id=short(item["task_id"]),
         epoch=epoch,
         input=prompt,
         target="",
         messages=messages,
+        events=events,
         output=output,
         scores=_scores(setting, item, example is not None, counter_tool),
         metadata={
+            "task_id": item["task_id"],
             "family": item["family"],
             "kind": item["kind"],
             "mode": item["mode"],

@@ -170,7 +170,7 @@ def _made(facts: Facts) -> str:
         ["versions", cards.versions(student.versions)],
         ["checkpoint", f"`{facts.source}`"],
         ["exported by", f"`{facts.command}`"],
-        ["the command of the run", "not recorded; its whole configuration is `config.json` in the work directory"],
+        ["the command of the run", "not recorded; the configuration of each stage stands in its `stage.json`"],
     ]
     return f"## How it was made\n\n{table(['stage', 'hash', 'time'], rows)}\n\n{table(['', ''], details)}\n"
 
