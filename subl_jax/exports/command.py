@@ -23,34 +23,47 @@ WHAT = ("inspect", "dataset", "model")
 _EVERY = "all"
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The flags of the command."""
     flags.DEFINE_string(
-        "workdir", None, "Work directory of a finished run, or of one setting of a grid (runs/grid/api)."
+        "workdir",
+        None,
+        "Work directory of a finished run, or of one setting of a grid (runs/grid/api).",
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "cells", None, "Instead of --workdir, a grid's cells (docs/grid): Inspect logs alone are in them."
+        "cells",
+        None,
+        "Instead of --workdir, a grid's cells (docs/grid): Inspect logs alone are in them.",
+        flag_values=values,
     )
-    flags.DEFINE_enum("setting", None, sorted(SETTINGS), "Which setting of --cells.")
-    flags.DEFINE_integer("seed", 0, "Which replicate.", lower_bound=0)
+    flags.DEFINE_enum("setting", None, sorted(SETTINGS), "Which setting of --cells.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Which replicate.", lower_bound=0, flag_values=values)
     flags.DEFINE_list(
         "condition",
         ["student"],
         "Models, by condition or by their name on disk (student_hard@large_small); all: every measured one, for inspect.",
+        flag_values=values,
     )
-    flags.DEFINE_list("what", list(WHAT), f"What to write, of {', '.join(WHAT)}.")
-    flags.DEFINE_enum("inspect_format", "eval", ["eval", "json"], "Inspect's compact format, or plain JSON.")
-    flags.DEFINE_string("out", None, "Folder to make; it must not exist, or be empty.")
+    flags.DEFINE_list("what", list(WHAT), f"What to write, of {', '.join(WHAT)}.", flag_values=values)
+    flags.DEFINE_enum(
+        "inspect_format", "eval", ["eval", "json"], "Inspect's compact format, or plain JSON.", flag_values=values
+    )
+    flags.DEFINE_string("out", None, "Folder to make; it must not exist, or be empty.", flag_values=values)
 
 
 def main() -> None:
     """Writes the exports; turns expected failures into one line and exit code 1."""
     with stopping_with_a_line():
-        _run()
+        run(flags.FLAGS)
 
 
-def _run() -> None:
-    flag = flags.FLAGS
+def run(flag: flags.FlagValues) -> None:
+    """Writes what the flags ask for, and prints a table of it.
+
+    Raises:
+      ValueError: what cannot be exported, in one line, before anything is written.
+    """
     out, what = _checked(flag)
     # Imported here: a wrong flag is answered without waiting for the libraries' start.
     from subl_jax.exports import dataset, inspect_log, model
@@ -59,30 +72,30 @@ def _run() -> None:
 
     if "inspect" in what:
         inspect_log.require_inspect()
-    run = FinishedSeed(artifacts.workdir(flag.workdir), flag.seed) if flag.workdir else None
-    measured = _measured(run, flag) if "inspect" in what else []
-    names = _names(run, flag.condition, what) if run is not None else []
+    finished = FinishedSeed(artifacts.workdir(flag.workdir), flag.seed) if flag.workdir else None
+    measured = _measured(finished, flag) if "inspect" in what else []
+    names = _names(finished, flag.condition, what) if finished is not None else []
     # Everything that can be refused is refused here, before the first file.
     for name in names:
-        if run is not None and "dataset" in what:
-            dataset.check(run, name)
-        if run is not None and "model" in what:
-            model.check(run, name)
+        if finished is not None and "dataset" in what:
+            dataset.check(finished, name)
+        if finished is not None and "model" in what:
+            model.check(finished, name)
     written: list[list[str]] = []
     with artifacts.atomic_directory(out) as partial:
         for each in measured:
             for path in inspect_log.write(partial / "inspect", each, flag.inspect_format):
                 written.append(["inspect", each.model, str(path.relative_to(partial)), _size(path)])
         for name in names:
-            assert run is not None
+            assert finished is not None
             if "dataset" in what:
-                facts = dataset.export(run, name, partial / "dataset" / name, _command(name, "dataset"))
+                facts = dataset.export(finished, name, partial / "dataset" / name, _command(flag, name, "dataset"))
                 for file in facts.files:
                     path = partial / "dataset" / name / f"{file.name}.jsonl"
                     lines = f"{file.lines:,} conversations, {_size(path)}"
                     written.append(["dataset", name, str(path.relative_to(partial)), lines])
             if "model" in what:
-                told = model.export(run, name, partial / "model" / name, _command(name, "model"))
+                told = model.export(finished, name, partial / "model" / name, _command(flag, name, "model"))
                 text = f"{told.parameters:,} parameters, {told.architecture}"
                 written.append(["model", name, f"model/{name}", text])
     print("\n".join([f"written to {out}", *aligned(["what", "model", "file or folder", "size"], written)]))
@@ -141,9 +154,8 @@ def _measured(run: FinishedSeed | None, flag: flags.FlagValues) -> list[Measured
     return [run.evaluation(name) for name in dict.fromkeys(names)]
 
 
-def _command(name: str, what: str) -> str:
+def _command(flag: flags.FlagValues, name: str, what: str) -> str:
     """The command that writes this part again."""
-    flag = flags.FLAGS
     parts = [f"--workdir={flag.workdir}", f"--seed={flag.seed}", f"--what={what}", f"--condition={name}", "--out=DIR"]
     return f"python -m experiments.export {' '.join(map(shlex.quote, parts))}"
 

@@ -254,7 +254,7 @@ def _sample(
 ) -> EvalSample:
     from inspect_ai.event import InfoEvent
     from inspect_ai.log import EvalSample
-    from inspect_ai.model import ChatCompletionChoice, ChatMessageAssistant, ChatMessageUser, ModelOutput
+    from inspect_ai.model import ChatCompletionChoice, ChatMessageAssistant, ModelOutput
 
     epoch = int(item["sample"]) + 1
     name = f"{item['task_id']}/{item['mode']}/{epoch}"
@@ -266,8 +266,6 @@ def _sample(
         when = datetime.datetime.fromtimestamp(int(measured.written), datetime.UTC)
         events = [InfoEvent(uuid=f"{name}/info", timestamp=when, working_start=0.0, source="subl_jax", data=NOT_KEPT)]
         messages: list[ChatMessage] = []
-        if prompt != _NO_PROMPT:
-            messages = [ChatMessageUser(id=f"{name}/0", content=prompt, source="input")]
     else:
         messages = conversation(example["messages"], name)
         last = next((message for message in reversed(messages) if isinstance(message, ChatMessageAssistant)), None)
