@@ -260,7 +260,7 @@ def _sample(
     name = f"{item['task_id']}/{item['mode']}/{epoch}"
     prompt = example["prompt"] if example is not None else prompts.get(item["task_id"], _NO_PROMPT)
     output = ModelOutput(model=f"subl_jax/{measured.model}")
-    events = []
+    events: list[Any] = []
     if example is None:
         # Shown where a viewer would show the conversation; it is no message, since nobody said it.
         when = datetime.datetime.fromtimestamp(int(measured.written), datetime.UTC)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -143,6 +143,7 @@ def test_jsonl_holds_messages_and_tools_per_line(dataset):
             "sample": item.sample,
             "status": item.status,
             "done": item.done,
+            "error": item.error,
         }
 
 

@@ -174,7 +174,12 @@ def test_trl_trains_on_the_folder_and_sees_our_tokens_and_our_loss_mask(finished
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     folder, _ = exported
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape))
     before = model.model.embed_tokens.weight.detach().clone()
     options = trl.SFTConfig(

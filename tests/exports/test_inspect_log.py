@@ -38,6 +38,11 @@ def folder(finished: Path, measured: Measured, tmp_path_factory: pytest.TempPath
     return directory
 
 
+def logs_of(measured: Measured) -> dict[str, Any]:
+    """The logs; Any, since a log without samples or results is one, too, to the type checker."""
+    return dict(inspect_log.logs(measured))
+
+
 def read(directory: Path, task: str, model: str = "student") -> Any:
     (path,) = directory.glob(f"*_{task}-{model.replace('_', '-')}_*")
     return log_module.read_eval_log(str(path), resolve_attachments=True)
@@ -69,7 +74,7 @@ def summary_of(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("file_format", ["eval", "json"])
 def test_a_log_reads_back_as_it_was_made(measured, tmp_path, file_format):
-    made = inspect_log.logs(measured)
+    made = logs_of(measured)
     for path, (task, log) in zip(inspect_log.write(tmp_path, measured, file_format), made.items(), strict=True):
         assert path.suffix == f".{file_format}"
         again = log_module.read_eval_log(str(path), resolve_attachments=True)
@@ -164,7 +169,7 @@ def test_an_episode_whose_conversation_is_not_kept_says_so_and_has_no_message(fo
 
 
 def test_provenance_stands_in_the_log_and_what_is_not_recorded_is_null(finished, measured):
-    log = inspect_log.logs(measured)["api-ambiguous"]
+    log = logs_of(measured)["api-ambiguous"]
     told = log.eval.metadata
     assert told["evaluation_hash"] == measured.hash
     assert told["protocol_hash"] == "p" * 16
@@ -173,7 +178,7 @@ def test_provenance_stands_in_the_log_and_what_is_not_recorded_is_null(finished,
     assert told["machine"] == "2 cores"
     assert told["versions"]["jax"] == measured.versions["jax"]
     old = dataclasses.replace(measured, parser=None, machine=None)
-    assert inspect_log.logs(old)["api-ambiguous"].eval.metadata["machine"] is None
+    assert logs_of(old)["api-ambiguous"].eval.metadata["machine"] is None
 
 
 def test_prompts_of_tasks_that_were_not_kept_are_those_of_the_setting(measured):
@@ -185,13 +190,13 @@ def test_prompts_of_tasks_that_were_not_kept_are_those_of_the_setting(measured):
             for item, task in zip([i for i in measured.row["items"] if i["kind"] == "safe"], tasks, strict=True)
         ],
     }
-    log = inspect_log.logs(dataclasses.replace(measured, row=row))["api-safe"]
+    log = logs_of(dataclasses.replace(measured, row=row))["api-safe"]
     assert [sample.input for sample in log.samples] == [task.prompt for task in tasks]
 
 
 def test_tasks_that_the_setting_does_not_have_get_no_made_up_prompt(measured):
     items = [{**item, "task_id": f"{item['task_id']}x"} for item in measured.row["items"] if item["kind"] == "safe"]
-    log = inspect_log.logs(dataclasses.replace(measured, row={**measured.row, "items": items}))["api-safe"]
+    log = logs_of(dataclasses.replace(measured, row={**measured.row, "items": items}))["api-safe"]
     assert {sample.input for sample in log.samples} == {"(the wording of this task was not kept)"}
 
 
@@ -203,7 +208,7 @@ def test_several_samples_of_a_task_are_epochs_and_the_mean_is_that_of_the_summar
         for item, flip in zip(first, rng.random(len(first)) < 0.5, strict=True)
     ]
     row = {**measured.row, "items": [*measured.row["items"], *again]}
-    log = inspect_log.logs(dataclasses.replace(measured, row=row))["api-ambiguous"]
+    log = logs_of(dataclasses.replace(measured, row=row))["api-ambiguous"]
     assert log.eval.config.epochs == 2
     assert sorted({sample.epoch for sample in log.samples}) == [1, 2]
     assert log.results.total_samples == 2 * fake_seed.TASKS
@@ -217,7 +222,7 @@ def test_committed_cells_give_the_logs_of_their_rows(tmp_path):
     found = committed.models(tmp_path, "api", 0)
     assert {"student", "control_student", "base"} <= set(found)
     assert not any(name.startswith("sanitize") for name in found)
-    log = inspect_log.logs(committed.measured(tmp_path, "api", 0, "student"))["api-ambiguous"]
+    log = logs_of(committed.measured(tmp_path, "api", 0, "student"))["api-ambiguous"]
     original = fake_cells.evaluation("api", "student", 0, *fake_cells.rates(fake_cells.PAIRS["large_large"], "student"),
                                      model="student", tasks=35, safe=12)  # fmt: skip
     asked = [i for i in original["items"] if (i["kind"], i["mode"]) == ("ambiguous", "sampled")]
