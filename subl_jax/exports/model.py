@@ -62,7 +62,8 @@ def check(run: FinishedSeed, model: str) -> None:
     """Refuses, before anything is written, what is no finished student.
 
     Raises:
-      ExportError: it is no student (convert exports any other checkpoint), or its stages do not fit together.
+      ExportError: it is no student (convert exports any other checkpoint), its stages do not fit together, or transformers
+        has no class for its shape.
     """
     if model not in run.students:
         raise ExportError(
@@ -72,6 +73,13 @@ def check(run: FinishedSeed, model: str) -> None:
     marker = run.student(model)
     run.marker(run.teacher_of(marker))
     run.marker(run.base_of(marker))
+    parameters = run.root / "students" / model / "params"
+    try:
+        family_of(ModelConfig.from_dict(checkpoint.read_metadata(parameters)["model"]))
+    except (checkpoint.CheckpointError, HuggingFaceError) as error:
+        raise ExportError(
+            f"{model} has no Hugging Face form: {error}; its dataset and its Inspect log can be exported (--what)"
+        ) from error
 
 
 def export(run: FinishedSeed, model: str, directory: Path, command: str) -> Facts:
@@ -112,7 +120,7 @@ def export(run: FinishedSeed, model: str, directory: Path, command: str) -> Fact
                 max_position_embeddings=_longest(imported),
                 report=shown.advance,
             )
-    except (checkpoint.CheckpointError, HuggingFaceError, lora.checkpoint.CheckpointMismatch) as error:
+    except (checkpoint.CheckpointError, HuggingFaceError) as error:
         raise ExportError(f"{parameters}: {error}") from error
     facts = Facts(
         model=model,

@@ -131,3 +131,13 @@ def test_controls_are_named_as_the_pipeline_names_them():
     assert control_of("teacher@small") == "control_teacher@small"
     for name in ("control_student", "positive_student", "base", "benign_teacher"):
         assert control_of(name) is None
+
+
+def test_a_shape_that_transformers_has_no_class_for_is_refused_before_anything_is_written(damaged, tmp_path):
+    path = damaged / "seed=0/students/student/params/metadata.json"
+    body = artifacts.unseal(path)
+    body["metadata"]["model"] |= {"qkv_bias": True, "qk_norm": True}
+    artifacts.write_json_atomic(path, artifacts.sealed(body))
+    with pytest.raises(ExportError, match="has no Hugging Face form: no family of transformers has qkv_bias=True"):
+        run(f"--workdir={damaged}", "--what=dataset,model", f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
