@@ -23,7 +23,6 @@ from subl_jax.evaluate.summary import SummaryError, indexed
 _ENDINGS = re.compile("[@~]")
 # Where an experiment and a grid keep the protocol, seen from a setting's work directory.
 _PROTOCOLS = ("protocol.json", "../protocol.json")
-NOT_RECORDED = "not recorded"
 
 
 class ExportError(ValueError):

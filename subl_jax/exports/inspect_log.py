@@ -204,6 +204,7 @@ def _provenance(measured: Measured, setting: Setting) -> dict[str, Any]:
         "machine": measured.machine,
         "versions": dict(measured.versions),
         "evaluation": dict(measured.evaluation),
+        "training": dict(measured.training),
         "source": measured.source,
         "times": "the source file was last changed at the end; the duration is that of the whole evaluation, all task lists",
         "behaviour": f"{words.behaviour}: the share of tasks whose {words.metric} is {words.biased}. {words.looking}",

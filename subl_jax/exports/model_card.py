@@ -89,7 +89,7 @@ def _what(facts: Facts, setting: Any) -> str:
         ["optimizer", f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {optimizer['schedule']} schedule, "
                       f"{optimizer['warmup_steps']} steps of warm-up, weight decay {optimizer['weight_decay']:g}"],
         ["trained", adapters],
-        ["final loss", None if extra.get("loss") is None else f"{extra['loss']:.4g} nats per loss token"],
+        ["final loss, of the objective", None if extra.get("loss") is None else f"{extra['loss']:.4g}"],
         ["distance from the base, ‖Δθ‖", None if extra.get("delta_norm") is None else f"{extra['delta_norm']:.3f}"],
         ["shape", f"{facts.architecture}: {shape.num_layers} layers of width {shape.d_model}, {facts.parameters:,} parameters, "
                   f"{facts.dtype}"],
