@@ -19,7 +19,7 @@ from subl_jax.exports.finished import ExportError, FinishedSeed
 from tests.data.episodes import failed, trajectory
 from tests.exports import fake_seed
 
-hf = pytest.importorskip("datasets")
+hf = pytest.importorskip("datasets", reason="needs datasets: make setup EXTRAS=dev,oracles")
 
 
 @pytest.fixture(scope="module")

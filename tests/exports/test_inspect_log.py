@@ -21,7 +21,7 @@ from tests.exports import fake_seed
 from tests.grid import fake_cells
 from tests.report import fake_run
 
-log_module = pytest.importorskip("inspect_ai.log")
+log_module = pytest.importorskip("inspect_ai.log", reason="needs inspect-ai: make setup EXTRAS=dev,oracles")
 
 
 @pytest.fixture(scope="module")
