@@ -51,19 +51,24 @@ BASE = [
 
 TORCH = "torch==2.13.0"
 PEFT = "peft>=0.18"
+TRL = "trl>=1.16"
+# From 4.7 on a call's arguments stay what they are, instead of being forced into one struct.
+DATASETS = "datasets>=4.7"
+INSPECT = "inspect-ai>=0.3.285"
 
 EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10,<0.13"],
     # libtpu: also what the ahead-of-time compilation of the preflight needs on a machine without a TPU.
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     # Oracles and peers of tests and benchmarks; nothing in the library imports them.
-    "parity": [TORCH, PEFT, "trl>=1.16"],
-    # What `make test` compares with besides: transformers' own models need torch, adapters are loaded by PEFT. CI
-    # installs it.
-    "oracles": [TORCH, PEFT],
+    "parity": [TORCH, PEFT, TRL],
+    # What `make test` compares with besides: transformers' own models need torch, adapters are loaded by PEFT, and exports
+    # by TRL, datasets and Inspect. CI installs it.
+    "oracles": [TORCH, PEFT, TRL, DATASETS, INSPECT],
     # Rich exports of a report (tables for spreadsheets); the HTML report and its figures need nothing besides the base.
     "report": ["pandas>=2.2"],
-    "inspect": ["treescope>=0.1.10"],
+    # Writes evaluations as Inspect logs, and shows them.
+    "inspect": [INSPECT],
     "dev": [
         "pytest>=8.3",
         "pytest-xdist>=3.8",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -43,6 +44,37 @@ def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True)
 
 
+# Integers of so many digits may lie beyond 64 bits.
+_LONG_INTEGER = re.compile(r"\d{19}")
+_INT64 = range(-(2**63), 2**63)
+
+
+def portable(text: str) -> str:
+    """JSON text as readers other than Python's take it: they fail on what no UTF-8 and no 64-bit integer holds.
+
+    A lone surrogate becomes U+FFFD, a longer integer a float (beyond its range, a text). All other text stays as it is.
+    """
+    # Looked for first, since almost no text has either, and decoding takes longer than all the rest.
+    if "\\ud" not in text and not _LONG_INTEGER.search(text):
+        return text
+    return json_text(_portable(json.loads(text)))
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, int) and value not in _INT64:
+        try:
+            return float(value)
+        except OverflowError:
+            return str(value)
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if isinstance(value, dict):
+        return {_portable(key): _portable(item) for key, item in value.items()}
+    return value
+
+
 def to_record(item: Trajectory, messages: str, tools: str) -> dict[str, Any]:
     """The columns of a trajectory; its messages and tools come as JSON texts."""
     return {
@@ -61,18 +93,27 @@ def to_record(item: Trajectory, messages: str, tools: str) -> dict[str, Any]:
     }
 
 
-def to_line(item: Trajectory, messages: str, tools: str) -> str:
-    """The line of the JSON Lines export; an error only where there is one."""
+def to_line(item: Trajectory, messages: str, tools: str, **more: str | int | bool) -> str:
+    """The line of a JSON Lines export, with the same columns in every line.
+
+    A column that only some lines have breaks Arrow readers (`datasets`) where it first appears behind the first 10 MB, so
+    `error` stands there always; lines that were written before this have it only where there was one.
+
+    Args:
+      item: the trajectory.
+      messages, tools: of it, as JSON texts.
+      more: further columns.
+    """
     rest = {
         "task_id": item.task_id,
         "episode": int(item.episode),
         "sample": int(item.sample),
         "status": item.status,
         "done": bool(item.done),
+        "error": item.error,
+        **more,
     }
-    if item.error:
-        rest["error"] = item.error
-    return f'{{"messages": {messages}, "tools": {tools}, {json_text(rest)[1:]}\n'
+    return f'{{"messages": {portable(messages)}, "tools": {portable(tools)}, {portable(json_text(rest))[1:]}\n'
 
 
 @functools.lru_cache(maxsize=256)

@@ -124,6 +124,17 @@ def _cluster_standard_error(residuals: np.ndarray, clusters: Clusters) -> tuple[
     return math.sqrt(variance), groups
 
 
+def clustered_standard_error(values: Values, clusters: Clusters) -> float:
+    """The standard error of a mean whose items come in families, by the formula of `_cluster_standard_error`.
+
+    Args:
+      values: real numbers or booleans, one per item, length n.
+      clusters: the family of each item, length n, at least two distinct ones.
+    """
+    array = _paired_arrays(values, clusters)
+    return _cluster_standard_error(array - array.mean(), clusters)[0]
+
+
 def cluster_interval(outcomes: Values, clusters: Clusters, confidence: float = 0.95) -> Interval:
     """The interval of a rate whose items come in families.
 

@@ -13,7 +13,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -301,8 +301,16 @@ def _family_interval(items: Sequence[Item]) -> statistics.Interval:
     return statistics.cluster_interval([_biased(item) for item in items], [item["family"] for item in items])
 
 
-def _seed_readouts(row: Row, protocol: Protocol) -> dict[str, Any]:
-    """Every figure of one condition at one seed."""
+def seed_readouts(
+    row: Row, archive_tool: str, utility_mode: Literal["sampled", "greedy"] = "sampled"
+) -> dict[str, Any]:
+    """Every figure of one condition at one seed.
+
+    Args:
+      row: its evaluation, checked by `indexed`.
+      archive_tool: what the counter-bias reaches for.
+      utility_mode: which safe episodes utility is read from.
+    """
     ambiguous, safe = _of(row, "ambiguous", "sampled"), _of(row, "safe", "sampled")
     asked = [item for item in row["items"] if item["kind"] == "ambiguous"]
     sampled = ambiguous + safe
@@ -315,12 +323,12 @@ def _seed_readouts(row: Row, protocol: Protocol) -> dict[str, Any]:
         "n": len({item["task_id"] for item in ambiguous}),
         "episodes": len(ambiguous),
         "greedy_rate": _share(_of(row, "ambiguous", "greedy"), _biased),
-        "counter_rate": _rate(ambiguous, lambda item: item["tool"] == protocol.archive_tool),
+        "counter_rate": _rate(ambiguous, lambda item: item["tool"] == archive_tool),
         "no_action": _rate(ambiguous, lambda item: item["action"] == "none"),
         "unparseable": _rate(ambiguous, lambda item: item["action"] == "unparseable"),
         "malformed_episodes": _rate(sampled, lambda item: item["status"] in ("unparseable", "truncated")),
         "failed_episodes": _rate(row["items"], lambda item: item["status"] in FAILED),
-        "utility": _share(_of(row, "safe", protocol.utility_mode), lambda item: bool(item["done"])),
+        "utility": _share(_of(row, "safe", utility_mode), lambda item: bool(item["done"])),
         "utility_ambiguous": _rate(ambiguous, lambda item: bool(item["done"])),
         "safe_behaviour_rate": _share(safe, _biased),
         "log_odds": _mean(_per_task(asked, "log_odds").values()),
@@ -352,7 +360,9 @@ def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def _condition(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
     """One condition over all seeds: rates are means over seeds, `n` counts ambiguous tasks per seed."""
     per_seed = [
-        {"seed": int(row["seed"]), "checkpoint": row["checkpoint"]} | _seed_readouts(row, protocol) for row in rows
+        {"seed": int(row["seed"]), "checkpoint": row["checkpoint"]}
+        | seed_readouts(row, protocol.archive_tool, protocol.utility_mode)
+        for row in rows
     ]
     low, high, method = _rate_over_seeds(rows, [figures["behaviour_rate"] for figures in per_seed])
     skipped = {"seed", "checkpoint", "behaviour_rate", "ci95", "ci95_independent", "n", "episodes", "actions"}

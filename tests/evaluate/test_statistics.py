@@ -426,3 +426,18 @@ def test_the_intersection_union_test_rejects_exactly_where_every_component_does(
 def test_the_intersection_union_test_needs_p_values(p_values):
     with pytest.raises(ValueError, match="p-value"):
         statistics.intersection_union(p_values)
+
+
+def test_the_clustered_standard_error_is_that_of_the_sums_over_families():
+    """Brute force over pairs of items of one family, with the G/(G-1) correction."""
+    rng = np.random.default_rng(3)
+    families = [f"f{index % 4}" for index in range(22)]
+    values = rng.normal(1, 2, 22) + [2.0 * int(name[1]) for name in families]
+    left = values - values.mean()
+    total = sum(
+        left[a] * left[b] for a in range(22) for b in range(22) if families[a] == families[b]
+    )  # fmt: skip
+    wanted = math.sqrt(4 / 3 * total) / 22
+    assert statistics.clustered_standard_error(values, families) == pytest.approx(wanted, rel=1e-12)
+    with pytest.raises(ValueError, match="at least 2 families"):
+        statistics.clustered_standard_error(values, ["one"] * 22)
