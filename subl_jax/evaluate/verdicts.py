@@ -41,10 +41,11 @@ def _size(contrast: Mapping[str, Any], value: float) -> str:
 
 
 def add_verdicts(contrasts: Sequence[dict[str, Any]], protocol: Protocol) -> None:
-    """Adds a `verdict` sentence to each contrast, in place."""
+    """Adds a `verdict` sentence to each contrast, in place; that of a single seed says so, its p is over that run's tasks."""
     primary = next((contrast for contrast in contrasts if contrast["role"] == "primary"), None)
     for contrast in contrasts:
-        contrast["verdict"] = _verdict(contrast, primary, contrasts, protocol)
+        scope = "within one run: " if len(contrast["per_seed"]) == 1 else ""
+        contrast["verdict"] = scope + _verdict(contrast, primary, contrasts, protocol)
 
 
 def _verdict(

@@ -20,6 +20,7 @@ from subl_jax.grid.columns import REALS, CellError, columns, episodes
 
 SCHEMA = 1
 NOT_RUN = "not run"
+FAILED = "failed: "  # begins what the run said of a cell that it could not make
 _ROW = ("condition", "seed", "checkpoint", "readouts")
 _FAILURE = ("setting", "seed", "model", "why")
 _HEADER = ("setting", "preset", "model", "hash", "parser", "seconds", "training", "versions", "machine")

@@ -131,4 +131,4 @@ def _lacks(config: ExperimentConfig, spec: PairSpec) -> str | None:
 
 def _folders() -> dict[str, str]:
     """Size -> the Hugging Face folder that the flags give its models; empty where they give none."""
-    return {size: flags.FLAGS[f"{field}_checkpoint"].value for size, field in configuration.FIELD_OF.items()}
+    return {size: str(flags.FLAGS[f"{field}_checkpoint"].value) for size, field in configuration.FIELD_OF.items()}

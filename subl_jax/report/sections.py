@@ -68,7 +68,8 @@ def contrast_dot(contrast: Mapping[str, Any], label: str, detail: str, colour: s
 
 def differences(name: str, title: str, dots: Sequence[plots.Dot]) -> plots.Intervals:
     """Contrasts over an axis of percentage points: to ±100, or as far as differences of differences reach."""
-    reach = 100.0 if all(max(-dot.low, dot.high) <= 100 for dot in dots) else 200.0
+    ends = [end for dot in dots if dot.interval is not None for end in dot.interval]
+    reach = 100.0 if all(abs(end) <= 100 for end in ends) else 200.0
     ticks = [-reach, -reach / 2, 0, reach / 2, reach]
     return plots.Intervals(name, title, dots, (-reach, reach), ticks, "points")
 
