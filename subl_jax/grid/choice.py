@@ -93,7 +93,7 @@ def allowed_by_checkpoints(
         )
     config = next(iter(configs.values()))
     why: dict[str, str] = {}
-    for spec in dict.fromkeys(spec for specs in pairs.values() for spec in specs):
+    for spec in {spec.name: spec for specs in pairs.values() for spec in specs}.values():
         reason = _lacks(config, spec)
         # Two rows of the paper's table stand for its other family: the student's tokenizer says which of them this is.
         if (

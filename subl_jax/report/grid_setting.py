@@ -90,7 +90,8 @@ def _contrasts(document: Mapping[str, Any], setting: str) -> str:
                 MISSING if not line["bootstrap"] else interval([line["bootstrap"][end] for end in ("low", "high")]),
                 p_over_seeds(line, "p_value"),
                 p_over_seeds(line, "p_adjusted"),
-                MISSING if line.get("sign_flip_p") is None else p_cell(line["sign_flip_p"]),
+                # Of one seed it is 1, whatever was measured.
+                MISSING if line["sign_flip_p"] is None or len(line["seeds"]) == 1 else p_cell(line["sign_flip_p"]),
                 line["verdict"],
             ],
             detail=f"{sections.ROLE_WORDS[line['role']]}, {readout_text(line, known)}",
