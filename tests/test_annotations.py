@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-import typing
 from typing import Any
 
 import jaxtyping
@@ -43,7 +42,7 @@ def test_modules_of_arrays_are_known_by_their_imports_by_their_aliases_and_by_wh
     other = types.ModuleType("other")
     other.__dict__["Row"] = Float[np.ndarray, "n"]
     assert annotations._may_name_arrays(made("def f(a: Float[x, 'n']): ...", Float=Float))
-    assert annotations._may_name_arrays(made("def f(a: Row): ...", Row=typing.Optional[other.Row]))
+    assert annotations._may_name_arrays(made("def f(a: Row): ...", Row=other.Row | None))
     assert annotations._may_name_arrays(made("def f(a: other.Row): ...", other=other))
     assert not annotations._may_name_arrays(made("def f(a: int): ...", other=other, jaxtyping=jaxtyping))
     for function in (decoder.apply, attention.attend, packing.epoch_order):

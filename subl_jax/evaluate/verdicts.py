@@ -175,7 +175,8 @@ def validity(summary: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
         caveats.append("the positive control was not run: if nothing transferred, this run cannot say why")
     leaks = summary["sanitizer"]["leaks"]
     if leaks:
-        reasons.append(f"{leaks} keyword leaks were left in the training text")
+        told = "1 keyword leak was" if leaks == 1 else f"{leaks} keyword leaks were"
+        reasons.append(f"{told} left in the training text")
     lost = summary["missing"]
     if lost["cells"]:
         reasons.append(f"missing evaluations: {', '.join(lost['cells'])}")

@@ -115,8 +115,7 @@ def _completeness(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     ]
     lost = len({(line["setting"], line["seed"], line["model"]) for line in document["missing"]})
     told.append(
-        f"{counted(lost, 'evaluation or count') if lost == 1 else f'{lost} evaluations or counts'} "
-        f"{'is' if lost == 1 else 'are'} missing"
+        f"{counted(lost, 'evaluation or count', 'evaluations or counts')} {'is' if lost == 1 else 'are'} missing"
     )
     text = "; ".join(told) + ". A seed that lacks one is left out of the pair."
     return page.status(False, "The grid is incomplete", text)

@@ -350,7 +350,8 @@ def line_chart(plot: Lines) -> str:
     title, series, x_label = plot.title, plot.series, plot.x_label
     finite = finite_lines(series)
     lost = sum(len(line.x) for line in series) - sum(len(line.x) for line in finite)
-    note = f" {lost} values that are not finite are left out." if lost else ""
+    note = f" {lost} values that are not finite are left out." if lost > 1 else ""
+    note = " One value that is not finite is left out." if lost == 1 else note
     if not finite:
         return f'<figure><h3>{escape(title)}</h3><p class="note">No finite values.{note}</p></figure>'
     values = [b for line in finite for b in line.y]

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from subl_jax.report import page, plots
-from subl_jax.report.table import interval, percent, size_text
+from subl_jax.report.table import counted, interval, percent, size_text
 
 ROLE_WORDS = {
     "primary": "primary",
@@ -105,8 +105,9 @@ def sanitizer_section(anchor: str, counts: Mapping[str, Any], level: int = 2, wh
     # A run has three sources per seed; a grid's would push everything else off the screen.
     table = page.folded(f"By source: {len(sources)}", table) if len(sources) > 6 else table
     body = (
-        f"<p>Of {total} trajectories {total - kept} were dropped whole and {kept} kept. The check of what was kept, "
-        f"over the text and over the text decoded from the token ids, found {counts['leaks']} leaks.</p>"
+        f"<p>Of {counted(total, 'trajectory', 'trajectories')} {total - kept} were dropped whole and {kept} kept. The check "
+        "of what was kept, over the text and over the text decoded from the token ids, found "
+        f"{counted(counts['leaks'], 'leak')}.</p>"
         f"<figure>{plots.bar_rows(drawing)}<figcaption>A trajectory with several words counts under each of them."
         f"</figcaption></figure>{table if sources else ''}"
     )

@@ -124,9 +124,9 @@ def p_over_seeds(line: Mapping[str, Any], name: str) -> str:
     return p_cell(line[name]) + (f" {ONE_RUN}" if len(line["per_seed"]) == 1 else "")
 
 
-def counted(number: int, thing: str) -> str:
-    """A number of things, as "1 seed" or "2 seeds"."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str, things: str = "") -> str:
+    """A number of things, as "1 seed" or "2 seeds"; `things`: a plural that does not end in s alone."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
 
 
 def wrapped(text: str, indent: str = "") -> list[str]:
@@ -140,8 +140,8 @@ def sanitizer_line(summary: Mapping[str, Any]) -> list[str]:
     words = ", ".join(f"{word} {count}" for word, count in counts["removed_by_word"].items()) or "none"
     dropped = counts["trajectories"] - counts["kept"]
     return wrapped(
-        f"sanitizer: {counts['trajectories']} trajectories, {dropped} dropped (by word: {words}), "
-        f"{counts['kept']} kept, {counts['leaks']} leaks",
+        f"sanitizer: {counted(counts['trajectories'], 'trajectory', 'trajectories')}, {dropped} dropped (by word: {words}), "
+        f"{counts['kept']} kept, {counted(counts['leaks'], 'leak')}",
     )
 
 
