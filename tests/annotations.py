@@ -7,6 +7,7 @@ checked by beartype, in a tenth of that.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import inspect
 import re
@@ -34,13 +35,24 @@ def install() -> None:
 
 def _typed(*, typechecker: Any) -> Callable[[Any], Any]:
     def decorate(found: Any) -> Any:
-        if inspect.isfunction(found) and not _may_name_arrays(found):
+        if inspect.isfunction(found) and _all_known(found) and not _may_name_arrays(found):
             # A name that a class gives another meaning (a method `list`) is beyond beartype by itself.
             with contextlib.suppress(BeartypeDecorHintException):
                 return _alone(found)
         return _whole(found, typechecker=typechecker)
 
     return decorate
+
+
+def _all_known(function: Any) -> bool:
+    """Whether every name in the annotations stands for something by now.
+
+    One that does not is of a class that is still to come, or was imported for type checkers alone: jaxtyping lets it pass,
+    beartype by itself does not.
+    """
+    told = " ".join(map(str, function.__annotations__.values()))
+    names = re.findall(r"(?<![\w.])[A-Za-z_]\w*", told)
+    return all(name in function.__globals__ or hasattr(builtins, name) for name in names)
 
 
 def _may_name_arrays(function: Any) -> bool:

@@ -56,3 +56,11 @@ def test_a_method_that_hides_a_type_s_name_does_not_stop_the_import():
     body = "class A:\n    def list(self): ...\n    @typed\n    def f(self) -> list[str]: return ['a']\nf = A().f"
     typed = annotations._typed(typechecker=annotations.check)
     assert made(body, typed=typed)() == ["a"]
+
+
+def test_a_name_that_only_type_checkers_import_does_not_stop_a_call():
+    checked = annotations._typed(typechecker=annotations.check)(made("def f(a: Absent) -> int: return 1"))
+    assert checked(3) == 1
+    later = annotations._typed(typechecker=annotations.check)(made("def f(a: Later | None) -> int: return 1"))
+    later.__globals__["Later"] = str
+    assert later("x") == 1
