@@ -21,7 +21,7 @@ from subl_jax import checkpoint, defences, sources
 from subl_jax.chat import tokenizer as tokenizers
 from subl_jax.chat.families import renderer_for
 from subl_jax.chat.rendering import Renderer
-from subl_jax.config import OBJECTIVES, STUDENT_OF, TEACHERS, ExperimentConfig, suffix_of
+from subl_jax.config import OBJECTIVES, STUDENT_OF, TEACHERS, ExperimentConfig, model_of_pair, of_size, suffix_of
 from subl_jax.distill.loop import Model
 from subl_jax.distill.memory import abstract_model
 from subl_jax.metrics.progress import progress
@@ -131,7 +131,7 @@ class SeedModels:
 
     def _acting(self, teacher: str) -> str:
         """What a teacher is called wherever it acts; those of another size beside the large ones."""
-        return teacher if self.teacher_size == "large" else f"{teacher}@{self.teacher_size}"
+        return of_size(teacher, self.teacher_size)
 
     def teacher_dir(self, name: str) -> Path:
         """Where a teacher lies."""
@@ -148,20 +148,12 @@ class SeedModels:
 
     def student_name(self, condition: str) -> str:
         """What a student is called on disk: by its condition, and its pair if that is not the default."""
-        return self._paired(condition) + self._ending("students")
-
-    def _paired(self, condition: str) -> str:
-        return condition if self.config.pair == "large_large" else f"{condition}@{self.config.pair}"
+        return model_of_pair(self.config.pair, condition) + self._ending("students")
 
     def eval_name(self, condition: str) -> str:
         """Evaluations are filed by model: the base and the teachers are shared between pairs of one size."""
-        if condition == "base":
-            name, family = condition if self.student_size == "large" else f"base@{self.student_size}", "base"
-        elif condition in TEACHERS:
-            name, family = self._acting(condition), "teachers"
-        else:
-            name, family = self._paired(condition), "students"
-        return name + self._ending(f"eval/{family}")
+        family = "base" if condition == "base" else "teachers" if condition in TEACHERS else "students"
+        return model_of_pair(self.config.pair, condition) + self._ending(f"eval/{family}")
 
     def eval_path(self, condition: str) -> Path:
         """The evaluation file of a condition."""

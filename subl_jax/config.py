@@ -67,6 +67,27 @@ def suffix_of(arm: str) -> str:
     return "" if arm == "full" else f"_{arm}"
 
 
+def sizes_of(pair: str) -> tuple[str, str]:
+    """(teacher's size, student's size); what is no size, such as other_family, stands in its place."""
+    teacher, _, student = pair.partition("_")
+    return teacher, student
+
+
+def of_size(name: str, size: str) -> str:
+    """What something of models of a size is called on disk: by its name, and its size if that is not the usual one."""
+    return name if size == "large" else f"{name}@{size}"
+
+
+def model_of_pair(pair: str, condition: str) -> str:
+    """The model that a condition of a pair is, by its file's name; models that pairs share have one name."""
+    teacher, student = sizes_of(pair)
+    if condition == "base":
+        return of_size(condition, student)
+    if condition in TEACHERS:
+        return of_size(condition, teacher)
+    return condition if pair == "large_large" else f"{condition}@{pair}"
+
+
 def _at_least(config: Any, low: int, *names: str) -> None:
     """Refuses counts below `low`, by name."""
     for name in names:
@@ -314,9 +335,8 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def sizes(self) -> tuple[str, str]:
-        """(teacher's size, student's size); what is no size, such as other_family, stands in its place."""
-        teacher, _, student = self.pair.partition("_")
-        return teacher, student
+        """(teacher's size, student's size), see `sizes_of`."""
+        return sizes_of(self.pair)
 
     @property
     def one_tokenizer(self) -> bool:

@@ -6,7 +6,6 @@ import gc
 import os
 from pathlib import Path
 
-import jaxtyping
 import pytest
 
 from tests import annotations
@@ -18,7 +17,7 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
 # Every annotated function of the library checks its shapes and types at each call. Must precede imports of subl_jax.
-jaxtyping.install_import_hook("subl_jax", f"{annotations.__name__}.check")
+annotations.install()
 
 
 # Every compiled program takes a few memory mappings, and a process may have about 65,530 (vm.max_map_count): the whole

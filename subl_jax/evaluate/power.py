@@ -143,7 +143,8 @@ def lines(
     seeds: int,
     pairs: int = 7,
     effects: Sequence[float] = (0.05, 0.10, 0.25, 0.50),
-    margin: float = 0.08,
+    *,
+    margin: float,
     alpha: float = 0.05,
 ) -> list[str]:
     """The power of a design as a table of text lines, to be printed before the run.

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,19 +223,31 @@ def freeze(path: str | os.PathLike[str], protocol: Protocol) -> str:
 
     Freezing the same protocol again changes nothing; a different one under the same name raises `ProtocolError`.
     """
-    path = Path(path)
-    identity = protocol_hash(protocol)
-    if path.exists():
-        present = load(path)
-        if protocol_hash(present) == identity:
-            return identity
-        raise ProtocolError(
-            f"{path} already holds another frozen protocol ({'; '.join(deviations(present, protocol))}); "
-            "report the deviation, or freeze the new protocol under another name"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, {"schema": SCHEMA, "hash": identity, "protocol": to_json(protocol)})
+    path, identity = Path(path), protocol_hash(protocol)
+    if not is_frozen(path, lambda: deviations(load(path), protocol)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, {"schema": SCHEMA, "hash": identity, "protocol": to_json(protocol)})
     return identity
+
+
+def is_frozen(path: Path, departures: Callable[[], Sequence[str]]) -> bool:
+    """Whether a protocol is frozen already, of one run or of a grid.
+
+    Args:
+      path: of its file.
+      departures: reads the file that is there, and tells where the protocol departs from it.
+
+    Raises:
+      ProtocolError: another one is frozen there.
+    """
+    if not path.exists():
+        return False
+    if departed := departures():
+        raise ProtocolError(
+            f"{path} already holds another frozen protocol ({'; '.join(departed)}); report the deviation, or freeze the new "
+            "protocol under another name"
+        )
+    return True
 
 
 def load(path: str | os.PathLike[str]) -> Protocol:

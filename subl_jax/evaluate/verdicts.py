@@ -41,10 +41,11 @@ def _size(contrast: Mapping[str, Any], value: float) -> str:
 
 
 def add_verdicts(contrasts: Sequence[dict[str, Any]], protocol: Protocol) -> None:
-    """Adds a `verdict` sentence to each contrast, in place."""
+    """Adds a `verdict` sentence to each contrast, in place; that of a single seed says so, its p is over that run's tasks."""
     primary = next((contrast for contrast in contrasts if contrast["role"] == "primary"), None)
     for contrast in contrasts:
-        contrast["verdict"] = _verdict(contrast, primary, contrasts, protocol)
+        scope = "within one run: " if len(contrast["per_seed"]) == 1 else ""
+        contrast["verdict"] = scope + _verdict(contrast, primary, contrasts, protocol)
 
 
 def _verdict(
@@ -174,7 +175,8 @@ def validity(summary: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
         caveats.append("the positive control was not run: if nothing transferred, this run cannot say why")
     leaks = summary["sanitizer"]["leaks"]
     if leaks:
-        reasons.append(f"{leaks} keyword leaks were left in the training text")
+        told = "1 keyword leak was" if leaks == 1 else f"{leaks} keyword leaks were"
+        reasons.append(f"{told} left in the training text")
     lost = summary["missing"]
     if lost["cells"]:
         reasons.append(f"missing evaluations: {', '.join(lost['cells'])}")

@@ -6,7 +6,8 @@ and its arguments. A seed that lacks a condition of a pair is left out of that p
 Of the document's keys, `p_adjusted` of a contrast is Holm's over the distinct hypotheses of one comparison (a contrast of
 the same models over the same seeds is one, in however many pairs it stands), with p = 1 for each that was planned and is
 missing. `sanitizer` has, per setting, None or the counts with `seeds` that they cover whole and those they cover `partly`.
-A line of `missing` whose condition is "all" is of a whole pair, at one seed or (seed None) at all of them.
+A line of `missing` whose condition is "all" is of a whole pair, at one seed or (seed None) at all of them. A row's `state` is
+"valid", "invalid" (a check of validity failed, or what is there of it cannot be used) or "not run" (no seed is whole).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from subl_jax.evaluate.summary import build_summary, total_sanitizer
 from subl_jax.grid import between, document
 from subl_jax.grid import protocol as grid_protocol
 from subl_jax.grid.between import Measured
-from subl_jax.grid.cells import NOT_RUN, Key, Loaded, load, load_sanitizers
+from subl_jax.grid.cells import FAILED, NOT_RUN, Key, Loaded, load, load_sanitizers
 from subl_jax.grid.document import CONTROL_CONDITIONS, Pair
 from subl_jax.grid.pairs import CONTROL, CONTROL_OF, PAIRS, PairSpec
 from subl_jax.grid.protocol import GridProtocol
@@ -134,7 +135,7 @@ def _with_reasons(missing: Sequence[Mapping[str, Any]], failures: Mapping[Key, s
     for line in missing:
         why = failures.get((line["setting"], line["seed"], line["model"]))
         told = line["why"] == NOT_RUN and why is not None
-        found.append(dict(line) | ({"why": f"failed: {why}"} if told else {}))
+        found.append(dict(line) | ({"why": f"{FAILED}{why}"} if told else {}))
     return found
 
 

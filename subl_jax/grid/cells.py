@@ -20,6 +20,7 @@ from subl_jax.grid.columns import REALS, CellError, columns, episodes
 
 SCHEMA = 1
 NOT_RUN = "not run"
+FAILED = "failed: "  # begins what the run said of a cell that it could not make
 _ROW = ("condition", "seed", "checkpoint", "readouts")
 _FAILURE = ("setting", "seed", "model", "why")
 _HEADER = ("setting", "preset", "model", "hash", "parser", "seconds", "training", "versions", "machine")
@@ -312,14 +313,18 @@ def _checked_counts(arms: Any, path: Path) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def write_episodes(path: Path, seed: int, tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the example episodes of one seed: tasks with the episode of each model."""
+def write_episodes(path: Path, seed: int, tasks: Sequence[Mapping[str, Any]], hashes: Mapping[str, str]) -> None:
+    """Writes the example episodes of one seed: tasks with the episode of each model, and the hashes of their evaluations."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(path, {"schema": SCHEMA, "seed": seed, "tasks": tasks}, depth=2)
+    write_lines(path, {"schema": SCHEMA, "seed": seed, "hashes": dict(hashes), "tasks": tasks}, depth=2)
 
 
 def read_episodes(path: Path) -> dict[str, Any]:
-    """What `write_episodes` wrote: {"seed", "tasks"}; raises `CellError` naming the file that is damaged or missing."""
+    """What `write_episodes` wrote: {"seed", "tasks", "hashes"}; `hashes` is None in files from before they were kept.
+
+    Raises:
+      CellError: the file is damaged or missing, by name.
+    """
     body = _unsealed(path)
     seed, tasks = body.get("seed"), body.get("tasks")
     whole = isinstance(tasks, list) and all(
@@ -328,7 +333,7 @@ def read_episodes(path: Path) -> dict[str, Any]:
     )
     if not isinstance(seed, int) or not tasks or not whole:
         raise CellError(f"{path}: holds no example episodes of a seed; delete it, and the next run writes it again")
-    return {"seed": seed, "tasks": tasks}
+    return {"seed": seed, "tasks": tasks, "hashes": body.get("hashes")}
 
 
 def write_failures(path: Path, failures: Sequence[Mapping[str, Any]]) -> None:

@@ -5,8 +5,6 @@ An expected failure is one line on standard error and exit code 1; nothing is ov
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import sys
 import time
 from collections import defaultdict
@@ -16,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from subl_jax import artifacts, sources
+from subl_jax import artifacts
 from subl_jax import config as configuration
-from subl_jax.config import ExperimentConfig
 from subl_jax.evaluate import power
 from subl_jax.experiment import seeds_from_flags, stopping_with_a_line
 from subl_jax.grid import cost, table
 from subl_jax.grid import protocol as protocols
-from subl_jax.grid.pairs import PAIRS, PairSpec
+from subl_jax.grid.choice import SETTINGS, allowed_by_checkpoints, pairs_from_flags, with_checkpoints
+from subl_jax.grid.pairs import PAIRS
 from subl_jax.grid.protocol import GridProtocol
 from subl_jax.parallel import processes
 from subl_jax.parallel.devices import configure_cpu
@@ -33,7 +31,6 @@ from subl_jax.settings.registry import get_setting
 if TYPE_CHECKING:
     from subl_jax.grid.run import Failure, GridRun, Unit
 
-SETTINGS = ("api", "bash")
 # Setting -> standard deviation over seeds of the per-seed difference student - control_student, a share, before this grid
 # has seeds of its own: docs/api_tiny_summary.json (six seeds) and docs/bash_tiny_summary.json (three).
 ASSUMED_SPREAD = {"api": 0.135, "bash": 0.068}
@@ -59,7 +56,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "pairs",
         list(PAIRS),
-        f"Which pairs, of {', '.join(PAIRS)}; SETTING:PAIR names one of a single setting.",
+        f"Which pairs, of {', '.join(PAIRS)}; SETTING:PAIR names one of a single setting. By default all, with preset paper "
+        "those that its checkpoints allow.",
     )
     flags.DEFINE_list(
         "seeds", ["0", "1", "2", "3", "4"], "Replicates: each is a whole run from pre-training to evaluation."
@@ -96,60 +94,6 @@ def main() -> None:
         _run()
 
 
-# --- What is asked ----------------------------------------------------------------------------------------------------
-
-
-def pairs_from_flags() -> dict[str, list[PairSpec]]:
-    """Setting -> its pairs, in the order of the paper's table.
-
-    Raises:
-      ValueError: an unknown setting or pair, with the nearest.
-    """
-    settings = _known("settings", flags.FLAGS.settings, SETTINGS)
-    asked: dict[str, set[str]] = defaultdict(set)
-    for name in flags.FLAGS.pairs:
-        setting, _, pair = name.rpartition(":")
-        _known("pairs", [pair], PAIRS)
-        for each in _known("pairs", [setting], SETTINGS) if setting else settings:
-            asked[each].add(pair)
-    stray = sorted(set(asked) - set(settings))
-    if stray:
-        raise ValueError(
-            f"--pairs names pairs of {stray[0]}, which is not in --settings={','.join(settings)}; add it there"
-        )
-    found = {setting: [spec for spec in PAIRS.values() if spec.name in asked[setting]] for setting in settings}
-    lacking = [setting for setting, specs in found.items() if not specs]
-    if lacking:
-        raise ValueError(f"--pairs names no pair of {lacking[0]}; add one, or leave the setting out of --settings")
-    return found
-
-
-def _known(flag: str, names: Sequence[str], known: Any) -> list[str]:
-    if not names:
-        raise ValueError(f"--{flag} is empty; use some of {', '.join(known)}")
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, list(known), 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--{flag}: {name!r} is unknown, use some of {', '.join(known)}{hint}")
-    return list(dict.fromkeys(names))
-
-
-def with_checkpoints(config: ExperimentConfig, spec: PairSpec) -> ExperimentConfig:
-    """The configuration of a pair with the Hugging Face folders of its sizes, if any are given."""
-    folders = {size: flags.FLAGS[f"{field}_checkpoint"].value for size, field in configuration.FIELD_OF.items()}
-    teacher, student = (folders[size] for size in spec.sizes)
-    if not teacher and not student:
-        return dataclasses.replace(config, pair=spec.name)  # type: ignore[arg-type]
-    changed = dataclasses.replace(
-        config,
-        pair=spec.name,  # type: ignore[arg-type]
-        teacher=dataclasses.replace(config.teacher, checkpoint=teacher),
-        student=dataclasses.replace(config.student, checkpoint=student),
-    )
-    return sources.resolve(changed)
-
-
 def frozen_path(preset: str) -> Path:
     """Where the frozen protocol of the grid of a preset is committed."""
     return Path(__file__).parents[2] / "experiments" / "protocols" / "grid" / f"{preset}.json"
@@ -162,6 +106,9 @@ def _run() -> None:
     flag, seeds, pairs = flags.FLAGS, seeds_from_flags(), pairs_from_flags()
     _refuse_what_the_grid_sets()
     configs = {setting: configuration.from_flags(PRESETS[flag.preset](setting)) for setting in pairs}
+    left_out: list[str] = []
+    if flag.preset == "paper":
+        pairs, left_out = allowed_by_checkpoints(configs, pairs)
     protocol = protocols.make_grid_protocol(configs, pairs, seeds)
     path = frozen_path(flag.preset)
     if flag.freeze_protocol:
@@ -169,11 +116,6 @@ def _run() -> None:
         return
     frozen = protocols.load(path) if path.exists() else None
     workdir, directory = _places()
-    if flag.preset == "paper" and not flag.large_checkpoint:
-        raise ValueError(
-            "--preset=paper starts from checkpoints and --large_checkpoint names none; give the Hugging Face folders of the "
-            "models of --pairs (--large_checkpoint, --small_checkpoint, --other_checkpoint)"
-        )
     processes.only_one("experiments.paper_grid")
     configure_cpu(next(iter(configs.values())).cpu_devices)
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
@@ -184,7 +126,7 @@ def _run() -> None:
     if flag.report_only:
         # No stage lies here: the plan only says which configuration every cell must be of.
         run = GridRun(configs, pairs, seeds, directory / ".none", directory, with_checkpoints)
-        _report(run, protocol, frozen)
+        _report(run, protocol, frozen, left_out)
         return
     for setting, config in configs.items():
         prepare = get_setting(setting).prepare
@@ -195,7 +137,7 @@ def _run() -> None:
     units = run.units(flag.index, flag.of)
     needed = needed_stages(run, units)
     costs = known_costs(run, flag.preset)
-    print("\n".join(_announcement(needed, costs, protocol)), flush=True)
+    print("\n".join([*left_out, *_announcement(needed, costs, protocol)]), flush=True)
     if flag.dry_run:
         return
     artifacts.check_writable(workdir, free_bytes=run.bytes_written(units))
@@ -208,7 +150,7 @@ def _run() -> None:
     failures = run_units(run, units, needed, costs)
     if flag.record_costs:
         cost.write_record(Path(flag.record_costs), flag.preset, run.costs(), cost.probe(), machine())
-    _report(run, protocol, frozen)
+    _report(run, protocol, frozen, left_out)
     if failures:
         for failure in failures:
             print(f"error: {failure.stage}: {failure.why}", file=sys.stderr)
@@ -285,12 +227,20 @@ def _announcement(
     """What is about to be run, what it costs, and what the design can show."""
     lines = cost_lines(needed, costs)
     if len(protocol.seeds) > 1:
-        spreads = {f"{setting}, earlier runs": ASSUMED_SPREAD[setting] for setting in protocol.settings}
-        widest = max(len(protocol.pairs(setting)) for setting in protocol.settings)
-        lines += ["", *power.lines(spreads, len(protocol.seeds), widest)]
+        for (pairs, margin), spreads in _designs(protocol).items():
+            lines += ["", *power.lines(spreads, len(protocol.seeds), pairs, margin=margin)]
     else:
         lines.append("one seed: no interval over seeds, and no power; each pair is shown within this one run")
     return lines
+
+
+def _designs(protocol: GridProtocol) -> dict[tuple[int, float], dict[str, float]]:
+    """(pairs that share an adjustment, margin of a claimed null) -> the assumed spreads of the settings that have both."""
+    found: dict[tuple[int, float], dict[str, float]] = defaultdict(dict)
+    for setting in protocol.settings:
+        design = len(protocol.pairs(setting)), protocol.of(setting).targets.control_margin
+        found[design][f"{setting}, earlier runs"] = ASSUMED_SPREAD[setting]
+    return found
 
 
 class _Enough(Exception):  # noqa: N818 - no error
@@ -372,9 +322,9 @@ def _refuse_what_the_grid_sets() -> None:
             )
 
 
-def _report(run: GridRun, protocol: GridProtocol, frozen: GridProtocol | None) -> None:
+def _report(run: GridRun, protocol: GridProtocol, frozen: GridProtocol | None, notes: Sequence[str]) -> None:
     """Analyses what is there; writes `grid.json`, the report and its figures beside the cells, and prints the table."""
-    from subl_jax.grid import cells
+    from subl_jax.grid import cells, examples
     from subl_jax.grid.analysis import analyse
     from subl_jax.report import figures
     from subl_jax.report import grid as report
@@ -382,15 +332,21 @@ def _report(run: GridRun, protocol: GridProtocol, frozen: GridProtocol | None) -
     directory = run.cells
     hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
     failures = cells.read_failures(directory / "failures.json")
-    document = analyse(directory, protocol, frozen=frozen, hashes=hashes, failures=failures)
+    document = analyse(directory, protocol, frozen=frozen, hashes=hashes, notes=notes, failures=failures)
     episodes = {}
     for setting in protocol.settings:
-        path = directory / setting / "episodes.json"
+        if not examples.episodes_path(directory, setting).exists():
+            continue
         try:
-            if path.exists():
-                episodes[setting] = cells.read_episodes(path)
+            episodes[setting], others = examples.read(directory, setting, hashes)
         except cells.CellError as error:
             document["notes"].append(f"The example episodes of {setting} cannot be read: {error}")
+            continue
+        if others:
+            told = ", ".join(others)
+            document["notes"].append(
+                f"Example episodes of {setting} that are of other evaluations are left out: {told}."
+            )
     artifacts.write_json_atomic(directory / "grid.json", document)
     report.write_report(directory / "report.html", document, episodes, artifacts.plain(run.configs))
     figures.export_grid(directory / "figures", document)

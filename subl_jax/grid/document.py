@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from subl_jax import artifacts
-from subl_jax.config import suffix_of
+from subl_jax.config import model_of_pair, suffix_of
 from subl_jax.evaluate import verdicts
 from subl_jax.evaluate.summary import total_sanitizer
 from subl_jax.grid import between
 from subl_jax.grid import protocol as grid_protocol
 from subl_jax.grid.between import Measured
-from subl_jax.grid.cells import Key
-from subl_jax.grid.pairs import CONTROL, PAIRS, PairSpec
+from subl_jax.grid.cells import FAILED, NOT_RUN, Key
+from subl_jax.grid.pairs import CONTROL, PairSpec
 from subl_jax.grid.protocol import GridProtocol
 from subl_jax.settings.interface import Wording
 
@@ -28,7 +28,7 @@ _FIGURES = (
 )  # fmt: skip
 # The paper's control row compares these two.
 CONTROL_CONDITIONS = ("base", "benign_student")
-_NOT_RUN = "no seed has every condition of this pair"
+_NO_SEED = "no seed has every condition of this pair"
 
 
 @dataclasses.dataclass
@@ -67,7 +67,7 @@ def _row(pair: Pair) -> dict[str, Any]:
     spec, summaries = pair.spec, pair.summaries
     every = {name: figures for summary in summaries.values() for name, figures in summary["conditions"].items()}
     conditions = {name: every[name] for name in spec.conditions() if name in every}
-    by_arm = {arm: _judgement(summaries.get(arm)) for arm in spec.arms}
+    by_arm = {arm: _judgement(summaries.get(arm), pair.missing) for arm in spec.arms}
     return {
         **_header(pair),
         "seeds": list(pair.measured.seeds),
@@ -91,21 +91,26 @@ def _header(pair: Pair) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _judgement(summary: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is said of one arm: {"valid", "validity", "answer", "targets"}."""
+def _judgement(summary: Mapping[str, Any] | None, missing: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is said of one arm: {"state", "valid", "validity", "answer", "targets"}."""
     if summary is None:
-        return {"valid": False, "validity": [_NOT_RUN], "answer": f"No answer: {_NOT_RUN}.", "targets": []}
+        spoiled = [line for line in missing if line["why"] != NOT_RUN and not line["why"].startswith(FAILED)]
+        why = _NO_SEED + (f" that can be used, such as {spoiled[0]['model']}: {spoiled[0]['why']}" if spoiled else "")
+        return {
+            "state": "invalid" if spoiled else "not run", "valid": False, "validity": [why],
+            "answer": f"No answer: {why}.", "targets": [],
+        }  # fmt: skip
     judged = summary["validity"]
     return {
-        "valid": judged["valid"], "validity": judged["messages"], "answer": summary["answer"],
-        "targets": summary["targets"],
+        "state": "valid" if judged["valid"] else "invalid", "valid": judged["valid"], "validity": judged["messages"],
+        "answer": summary["answer"], "targets": summary["targets"],
     }  # fmt: skip
 
 
 def _control_row(pair: Pair, wording: Wording) -> dict[str, Any]:
     """The paper's control row: the benign student and its base, of the pair that they are trained in."""
     summary = next(iter(pair.summaries.values()), None)
-    judged = _judgement(summary) | {"targets": []}
+    judged = _judgement(summary, pair.missing) | {"targets": []}
     conditions: Mapping[str, Any] = {} if summary is None else summary["conditions"]
     if judged["valid"]:
         base, student = (conditions[name]["behaviour_rate"] for name in CONTROL_CONDITIONS)
@@ -134,17 +139,13 @@ def cells(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "setting": row["setting"], "pair": row["pair"], "seed": figures["seed"], "condition": condition,
-            "model": _model(row["pair"], condition),
+            "model": model_of_pair(row["pair"], condition),
             **{name: figures.get(name) for name in _FIGURES},
             "transfer_ratio": ratios.get((condition, figures["seed"])),
         }
         for condition, measured in row["conditions"].items()
         for figures in measured["per_seed"]
     ]  # fmt: skip
-
-
-def _model(pair: str, condition: str) -> str:
-    return PAIRS[pair].model(condition)
 
 
 def sanitizers(counts: Mapping[Key, Mapping[str, Any]], protocol: GridProtocol) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from subl_jax.config import STUDENT_OF, TEACHERS, suffix_of
+from subl_jax.config import STUDENT_OF, TEACHERS, model_of_pair, of_size, sizes_of, suffix_of
 
 # Contrast partners of an arm: the treatment, its counter-bias control, its benign control.
 STUDENTS = tuple(STUDENT_OF[teacher] for teacher in TEACHERS)
@@ -49,8 +49,7 @@ class PairSpec:
     @property
     def sizes(self) -> tuple[str, str]:
         """(teacher's size, student's size), as in the name."""
-        teacher, _, student = self.name.partition("_")
-        return teacher, student
+        return sizes_of(self.name)
 
     @property
     def positive_pair(self) -> str:
@@ -64,18 +63,13 @@ class PairSpec:
         return found + ["positive_student"] * (self.positive and (arm is None or arm == self.primary_arm))
 
     def model(self, condition: str) -> str:
-        """The model that a condition of this pair is, by its file's name; models that pairs share have one name."""
-        teacher, student = self.sizes
-        if condition == "base":
-            return condition if student == "large" else f"base@{student}"
-        if condition in TEACHERS:
-            return condition if teacher == "large" else f"{condition}@{teacher}"
-        return condition if self.name == "large_large" else f"{condition}@{self.name}"
+        """The model that a condition of this pair is, see `config.model_of_pair`."""
+        return model_of_pair(self.name, condition)
 
     @property
     def sanitizer(self) -> str:
         """The name of the counts of what was filtered from its teachers' trajectories."""
-        return "sanitize" if self.sizes[0] == "large" else f"sanitize@{self.sizes[0]}"
+        return of_size("sanitize", self.sizes[0])
 
 
 def _paper(row: str, api: tuple[int, int], bash: tuple[int, int]) -> dict[str, PaperRow]:

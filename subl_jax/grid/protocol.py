@@ -232,16 +232,9 @@ def freeze(path: Path, protocol: GridProtocol) -> str:
       ProtocolError: another protocol is frozen there.
     """
     identity = protocol_hash(protocol)
-    if path.exists():
-        present = load(path)
-        if protocol_hash(present) == identity:
-            return identity
-        raise ProtocolError(
-            f"{path} already holds another frozen protocol ({'; '.join(deviations(present, protocol))}); report the "
-            "deviation, or freeze the new protocol under another name"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(path, {"schema": SCHEMA, "hash": identity, "protocol": to_json(protocol)}, depth=8)
+    if not protocols.is_frozen(path, lambda: deviations(load(path), protocol)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, {"schema": SCHEMA, "hash": identity, "protocol": to_json(protocol)}, depth=8)
     return identity
 
 

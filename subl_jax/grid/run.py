@@ -120,6 +120,7 @@ class GridRun:
         self._for_pair = for_pair
         # Cells that were read and found whole, by the file's size and time: reading takes 10 ms, and is asked for often.
         self._seen: dict[Path, tuple[int, int, str]] = {}
+        self._examples: dict[Unit, dict[str, list[dict[str, Any]]]] = {}  # of the rows that were read, by model
 
     def config(self, setting: str, spec: PairSpec) -> ExperimentConfig:
         """The configuration of one pair: who teaches whom, and with which arms, each with both controls."""
@@ -381,8 +382,18 @@ class GridRun:
                 counts = marker.extra["arms"]
                 cells.write_sanitizer(path, counts, setting=setting_name, seed=seed, hash=marker.output_hash)
         if written and seed == self.seeds[0]:
-            rows = {one.model: _row(one.row) for one in work.evaluated if one.row.is_file()}
-            examples.write(self.cells / setting_name / "episodes.json", seed, rows)
+            self._write_examples(work)
+
+    def _write_examples(self, work: SeedWork) -> None:
+        """Writes the episodes that the report shows, of the models whose rows lie here; every row is read once."""
+        setting, seed = work.unit
+        known = self._examples.setdefault(work.unit, {})
+        finished = {entry.stage.name for entry in work.planned if entry.marker is not None}
+        for one in work.evaluated:
+            # A row without its marker is of another configuration, or half written.
+            if one.model not in known and one.stage in finished and one.row.is_file():
+                known[one.model] = _row(one.row)["examples"]
+        examples.write(self.cells, setting, seed, known, work.hashes)
 
 
 def _row(path: Path) -> dict[str, Any]:

@@ -10,7 +10,18 @@ from typing import Any
 
 from subl_jax.config import suffix_of
 from subl_jax.grid.pairs import CONTROL, STUDENTS
-from subl_jax.report.table import MISSING, aligned, interval, p_cell, percent, size_text, wrapped
+from subl_jax.report.table import (
+    MISSING,
+    ONE_RUN,
+    ONE_RUN_NOTE,
+    aligned,
+    counted,
+    interval,
+    p_over_seeds,
+    percent,
+    size_text,
+    wrapped,
+)
 
 _HEADER = (
     "pair", "arm", "base %", "teacher", "student [95% CI]", "control", "benign", "difference [95% CI]", "p", "p (Holm)",
@@ -26,15 +37,17 @@ def render(document: Mapping[str, Any]) -> str:
         rows = [row for row in document["rows"] if row["setting"] == setting]
         wording = document["settings"][setting]["wording"]
         planned = document["settings"][setting]["seeds"]
-        head = f"{setting} setting, preset {document['preset']}, seeds {', '.join(map(str, planned))}; {wording['behaviour']} "
+        seeds = f"seed{'s' * (len(planned) > 1)} {', '.join(map(str, planned))}"
+        head = f"{setting} setting, preset {document['preset']}, {seeds}; {wording['behaviour']} "
         head += "rates in %, differences in points, p of difference = student - control student"
         if any(row["pair"] == CONTROL.name for row in rows):
             head += f"; in the row {CONTROL.name} the student is the benign teacher's, and its control the base"
         blocks.append(wrapped(head))
         lines = [line for row in rows for line in _lines(row, document["contrasts"], len(planned))]
-        blocks.append(aligned(_HEADER, lines))
+        noted = wrapped(ONE_RUN_NOTE) if any(ONE_RUN in line[8] for line in lines) else []
+        blocks.append([*aligned(_HEADER, lines), *noted])
         blocks.append(_claims(document, setting))
-        blocks.append([line for row in rows for line in _validity(row)])
+        blocks.append([line for row in rows for line in _state(row, len(planned))])
     blocks.append(_missing(document["missing"]))
     blocks.append(_protocol(document["protocol"]))
     blocks.append([line for note in document["notes"] for line in wrapped(note)])
@@ -65,8 +78,9 @@ def _lines(row: Mapping[str, Any], contrasts: Sequence[Mapping[str, Any]], plann
         found.append(
             (
                 row["pair"], arm, rate("base"), rate("teacher"), shown, rate(control), rate(benign),
-                MISSING if line is None else size_text(line), MISSING if line is None else p_cell(line["p_value"]),
-                MISSING if line is None else p_cell(line["p_adjusted"]), seeds, paper,
+                *([MISSING] * 3 if line is None
+                  else [size_text(line), *(p_over_seeds(line, name) for name in ("p_value", "p_adjusted"))]),
+                seeds, paper,
             )
         )  # fmt: skip
     return found
@@ -82,12 +96,14 @@ def _claims(document: Mapping[str, Any], setting: str) -> list[str]:
     ]
 
 
-def _validity(row: Mapping[str, Any]) -> list[str]:
+def _state(row: Mapping[str, Any], planned: int) -> list[str]:
     """What limits a row; nothing where nothing does."""
-    if row["valid"] and not row["validity"]:
+    seeds, reasons = len(row["seeds"]), row["validity"]
+    if row["valid"] and not reasons and seeds == planned:
         return []
-    state = "valid" if row["valid"] else "INVALID"
-    return wrapped(f"{row['pair']}: {state}: {'; '.join(row['validity'])}")
+    state = "INVALID" if row["state"] == "invalid" else row["state"]
+    state += f", {seeds} of {counted(planned, 'seed')}" if 0 < seeds < planned else ""
+    return wrapped(": ".join([row["pair"], state, *(["; ".join(reasons)] if reasons else [])]))
 
 
 def _missing(missing: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -96,7 +112,8 @@ def _missing(missing: Sequence[Mapping[str, Any]]) -> list[str]:
     if not distinct:
         return ["nothing is missing"]
     lines = [
-        f"missing: {len(distinct)} cells, which {len(missing)} places want; seeds that lack one are left out of the pair"
+        f"missing: {counted(len(distinct), 'cell')}, which {counted(len(missing), 'place')} want{'s' * (len(missing) == 1)}; "
+        "seeds that lack one are left out of the pair"
     ]
     for line in list(distinct.values())[:_SHOWN]:
         lines += wrapped(f"- {line['setting']} seed {line['seed']} {line['model']}: {line['why']}", "  ")
@@ -106,7 +123,7 @@ def _missing(missing: Sequence[Mapping[str, Any]]) -> list[str]:
 def _protocol(protocol: Mapping[str, Any]) -> list[str]:
     """The protocol's hash and the departures from the frozen one."""
     departed = protocol["deviations"]
-    lines = [f"protocol: {protocol['hash']}, {len(departed) or 'no'} deviation{'' if len(departed) == 1 else 's'}"]
+    lines = [f"protocol: {protocol['hash']}, {counted(len(departed), 'deviation') if departed else 'no deviations'}"]
     for deviation in departed:
         lines += wrapped(f"- {deviation}", "  ")
     return lines

@@ -17,17 +17,20 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
 from subl_jax.artifacts import atomic_directory
-from subl_jax.report import chart_files, charts, html, panels, plots
+from subl_jax.report import chart_files, charts, html, on_policy, panels, plots
 from subl_jax.report.page import ReportError
 from subl_jax.report.style import light_colours
 
-Drawing = plots.Intervals | plots.Bars | plots.Lines | charts.Chart | charts.Heat
+Drawing = plots.Intervals | plots.Bars | plots.Lines | plots.Bands | charts.Chart | charts.Heat
 
 _WIDTH = 7.5  # inches
 _ROW = 0.34  # inches of a row
-_DPI = 144
+_SUBTITLE, _LEGEND = 0.25, 0.3  # inches that they add
+_DPI = 192  # 1,440 pixels wide: sharp on a page that shows it at half of that
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -35,6 +38,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "subl_jax",  # ids inside an SVG are random without it
     "path.simplify": False,
 }
+_MARKERS = {"circle": "o", "square": "s", "diamond": "D"}
 _METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
 
@@ -51,6 +55,11 @@ def export_run(
 def export_grid(directory: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
     """Writes every figure of a grid's report; `document` is `grid.json`, else as of `export`."""
     export(directory, panels.drawings(document))
+
+
+def export_on_policy(directory: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
+    """Writes every figure of the on-policy study's report; `result` is `on_policy.json`, else as of `export`."""
+    export(directory, on_policy.drawings(result))
 
 
 def export(directory: str | os.PathLike[str], drawings: Sequence[Drawing]) -> None:
@@ -117,6 +126,8 @@ def table(drawing: Drawing) -> list[list[Any]]:
     if isinstance(drawing, plots.Bars):
         header = ["label", f"count ({drawing.unit})", "share of the whole (%)"]
         return [header, *([label, value, 100 * value / max(drawing.whole, 1)] for label, value, _ in drawing.bars)]
+    if isinstance(drawing, plots.Bands):
+        return _band_table(drawing)
     header = ["line", "seed", drawing.x_label, drawing.title]
     points = [
         [line.label, "" if line.seed is None else line.seed, x, y]
@@ -130,13 +141,28 @@ def _interval_table(drawing: plots.Intervals) -> list[list[Any]]:
     unit = f"({drawing.unit})"
     seeds = sorted({seed for dot in drawing.dots for seed in dot.points})
     header = ["label", "detail", f"estimate {unit}", f"95 % low {unit}", f"95 % high {unit}"]
-    return [
-        [*header, *(f"seed {seed} {unit}" for seed in seeds)],
-        *(
-            [dot.label, dot.detail, dot.value, dot.low, dot.high, *(dot.points.get(seed, "") for seed in seeds)]
-            for dot in drawing.dots
-        ),
+    header += [f"seed {seed} {unit}" for seed in seeds]
+    rows = [
+        [dot.label, dot.detail, *(dot.interval or ("", "", "")), *(dot.points.get(seed, "") for seed in seeds)]
+        for dot in drawing.dots
     ]
+    if any(dot.reference is not None for dot in drawing.dots):
+        header.append(f"{drawing.reference} {unit}")
+        rows = [
+            [*row, "" if dot.reference is None else dot.reference] for row, dot in zip(rows, drawing.dots, strict=True)
+        ]
+    return [header, *rows]
+
+
+def _band_table(drawing: plots.Bands) -> list[list[Any]]:
+    """A row per line and point; single replicates, which may stand at other x, follow with their number."""
+    rows: list[list[Any]] = [["line", "replicate", drawing.x_label, drawing.title, "95 % low", "95 % high"]]
+    for band in drawing.bands:
+        for x, y, limits in zip(band.x, band.y, band.limits, strict=True):
+            rows.append([band.label, "mean", x, y, *(("", "") if limits is None else limits)])
+        for place, (xs, ys) in enumerate(band.singles, 1):
+            rows += [[band.label, place, x, y, "", ""] for x, y in zip(xs, ys, strict=True)]
+    return rows
 
 
 # Pictures
@@ -145,9 +171,12 @@ def _interval_table(drawing: plots.Intervals) -> list[list[Any]]:
 def draw(drawing: Drawing) -> Figure:
     """A drawing as a Matplotlib figure."""
     colours = light_colours()
-    if isinstance(drawing, plots.Lines):
+    if isinstance(drawing, plots.Lines | plots.Bands):
         figure, axes = _canvas(drawing.title, 4.2, colours)
-        _lines(axes, drawing, colours)
+        if isinstance(drawing, plots.Lines):
+            _lines(axes, drawing, colours)
+        else:
+            _bands(axes, drawing, colours)
     elif isinstance(drawing, charts.Chart):
         figure, axes = _canvas(drawing.title, 4.2, colours)
         chart_files.draw_chart(axes, drawing, colours, _plain)
@@ -156,7 +185,9 @@ def draw(drawing: Drawing) -> Figure:
         chart_files.draw_heat(axes, drawing, colours, _plain)
     else:
         rows = len(drawing.dots if isinstance(drawing, plots.Intervals) else drawing.bars)
-        figure, axes = _canvas(drawing.title, 1.1 + _ROW * rows, colours)
+        legend = _LEGEND * bool(isinstance(drawing, plots.Intervals) and drawing.keys)
+        subtitle = drawing.subtitle if isinstance(drawing, plots.Intervals) else ""
+        figure, axes = _canvas(drawing.title, 1.1 + legend + _ROW * rows, colours, subtitle)
         axes.set_ylim(rows - 0.5, -0.5)
         if isinstance(drawing, plots.Intervals):
             _intervals(axes, drawing, colours)
@@ -165,11 +196,21 @@ def draw(drawing: Drawing) -> Figure:
     return figure
 
 
-def _canvas(title: str, height: float, colours: Mapping[str, str]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor=colours["card"])
+def _canvas(title: str, height: float, colours: Mapping[str, str], subtitle: str = "") -> tuple[Figure, Axes]:
+    """An empty plot under its title, which begins at the picture's left edge where a subtitle stands under it."""
+    height += _SUBTITLE * bool(subtitle)
+    layout = ConstrainedLayoutEngine()
+    figure = Figure(figsize=(_WIDTH, height), layout=layout, facecolor=colours["card"])
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(_plain(title), loc="left", color=colours["ink"], fontsize=10, fontweight="bold")
+    heading: dict[str, Any] = {"color": colours["ink"], "fontsize": 10, "fontweight": "bold"}
+    if subtitle:
+        figure.text(0.012, 1 - 0.08 / height, _plain(title), va="top", **heading)
+        figure.text(0.012, 1 - 0.30 / height, _plain(subtitle), va="top", color=colours["soft"], fontsize=8.5)
+        # The layout knows nothing of free text: it gets what is below.
+        layout.set(rect=(0, 0, 1, 1 - 0.5 / height))
+    else:
+        axes.set_title(_plain(title), loc="left", **heading)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(colours["line"])
@@ -200,20 +241,47 @@ def _intervals(axes: Axes, drawing: plots.Intervals, colours: Mapping[str, str])
         zero = tick == 0 and drawing.domain[0] < 0
         axes.axvline(tick, color=colours["soft" if zero else "grid"], linewidth=0.8, zorder=0)
     for row, dot in enumerate(drawing.dots):
-        colour, several = colours[dot.colour], len(dot.points) > 1
+        colour, several, marker = colours[dot.colour], len(dot.points) > 1, _MARKERS[dot.marker]
         y = row - (0.14 if several else 0.0)  # the interval makes room for the seeds beneath it
-        axes.errorbar(
-            dot.value, y, xerr=[[max(0.0, dot.value - dot.low)], [max(0.0, dot.high - dot.value)]],
-            fmt="o", color=colour, markersize=5, linewidth=1.8, capsize=2.5, clip_on=False,
-        )  # fmt: skip
+        if dot.interval is not None:
+            value, low, high = dot.interval
+            axes.errorbar(
+                value, y, xerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+                fmt=marker, color=colour, markersize=5, linewidth=1.8, capsize=2.5, clip_on=False,
+            )  # fmt: skip
         if several:
             points = list(dot.points.values())
-            axes.plot(
-                points, [row + 0.22] * len(points), "o", markersize=3.5, markerfacecolor="none",
-                markeredgecolor=colour, markeredgewidth=0.9, clip_on=False,
-            )  # fmt: skip
-    labels = [f"{dot.label}, {dot.detail}" if dot.detail else dot.label for dot in drawing.dots]
+            axes.plot(points, [row + 0.22] * len(points), marker, **_hollow(colour, 3.5))
+        if dot.reference is not None:
+            axes.plot([dot.reference], [y], _MARKERS["diamond"], **_hollow(colours["ink"], 5.5))
+    labels = []
+    for dot, first in zip(drawing.dots, drawing.begins, strict=True):
+        labels.append(", ".join([dot.label] * first + [dot.detail] * bool(dot.detail)))
+    for row, first in enumerate(drawing.begins):
+        if drawing.keys and first and row:  # pairs apart
+            axes.axhline(row - 0.5, color=colours["grid"], linewidth=0.8, zorder=0)
     _rows(axes, labels, [dot.figure for dot in drawing.dots], colours)
+    if drawing.keys:
+        _legend(axes, drawing.keys, colours)
+
+
+def _hollow(colour: str, size: float) -> dict[str, Any]:
+    return {
+        "markersize": size, "markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 0.9, "clip_on": False,
+    }  # fmt: skip
+
+
+def _legend(axes: Axes, keys: Sequence[plots.Key], colours: Mapping[str, str]) -> None:
+    """Marks and their meaning under the plot."""
+    handles = []
+    for key in keys:
+        colour = colours[key.colour]
+        style: dict[str, Any] = {"color": colour, "markersize": 5} if key.filled else _hollow(colour, 5.5)
+        handles.append(Line2D([], [], linestyle="", marker=_MARKERS[key.marker], label=_plain(key.words), **style))
+    axes.figure.legend(  # pyright: ignore[reportAttributeAccessIssue]
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8,
+        labelcolor=colours["ink"], handletextpad=0.2, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def _bars(axes: Axes, drawing: plots.Bars, colours: Mapping[str, str]) -> None:
@@ -241,3 +309,26 @@ def _lines(axes: Axes, drawing: plots.Lines, colours: Mapping[str, str]) -> None
         named.add(line.label)
     if named:
         axes.legend(frameon=False, labelcolor=colours["ink"])
+
+
+def _bands(axes: Axes, drawing: plots.Bands, colours: Mapping[str, str]) -> None:
+    ticks = drawing.y_ticks
+    axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
+    axes.set_yscale("log" if drawing.logarithmic else "linear")
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(ticks[0], ticks[-1])
+    axes.set_xlim(0, drawing.end)
+    axes.set_xlabel(_plain(drawing.x_label), color=colours["soft"])
+    if drawing.marked_x is not None:
+        axes.axvline(drawing.marked_x, color=colours["soft"], linewidth=0.8, linestyle="--")
+    for band in drawing.bands:
+        colour = colours[band.colour]
+        known = [(x, *pair) for x, pair in zip(band.x, band.limits, strict=True) if pair is not None]
+        if known:
+            x, low, high = zip(*known, strict=True)
+            axes.fill_between(x, [max(each, ticks[0]) for each in low], high, color=colour, alpha=0.16, linewidth=0)
+        for x, y in band.singles:
+            axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.5)
+        axes.plot(band.x, band.y, color=colour, linewidth=1.6, marker="o", markersize=3, label=_plain(band.label))
+    axes.legend(frameon=False, labelcolor=colours["ink"])

@@ -7,7 +7,7 @@ references; its one script only chooses which episodes stand side by side. Every
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -16,7 +16,7 @@ from subl_jax.config import suffix_of
 from subl_jax.evaluate.verdicts import ALPHA, points
 from subl_jax.grid.pairs import CONTROL, PAIRS, STUDENTS
 from subl_jax.report import grid_setting, page, panels, sections
-from subl_jax.report.table import MISSING, interval, number, p_cell, percent, size_text
+from subl_jax.report.table import MISSING, counted, interval, number, p_over_seeds, percent, size_text
 
 _SHOWN_AT_ONCE = 12  # rows of what is missing before the table folds
 
@@ -51,6 +51,7 @@ def render(
     parts = [
         _header(document),
         "<main>",
+        *(_overview(document, setting) for setting in document["settings"]),
         *(_beside_the_paper(document, setting) for setting in document["settings"]),
         *(grid_setting.section(document, setting, episodes.get(setting)) for setting in document["settings"]),
         _missing(document["missing"]),
@@ -69,26 +70,20 @@ def render(
 
 def _header(document: Mapping[str, Any]) -> str:
     rows = [row for row in document["rows"] if row["pair"] != CONTROL.name]
-    invalid = [row for row in rows if not row["valid"]]
-    lost = {(line["setting"], line["seed"], line["model"]) for line in document["missing"]}
+    run = [row for row in rows if row["state"] != "not run"]
+    invalid = [row for row in run if row["state"] == "invalid"]
+    valid = f"{len(invalid)} of {counted(len(run), 'row')} {'is' if len(invalid) == 1 else 'are'} invalid"
+    if not invalid:
+        valid = f"All {counted(len(run), 'row')} that were run are valid" if run else "No row has been run"
     departed = len(document["protocol"]["deviations"])
-    incomplete = (
-        "The grid is incomplete",
-        f"{len(lost)} evaluations or counts are missing; a seed that lacks one is left out of the pair.",
-    )
     seeds = {", ".join(map(str, each["seeds"])) for each in document["settings"].values()}
     models = {(cell["setting"], cell["seed"], cell["model"]) for cell in document["cells"]}
     return (
         f'<header><p class="kicker">Subliminal transfer of behaviour in agent distillation, every pair of teacher and student'
         f"</p><h1>{page.QUESTION}</h1>"
         + page.answers([answer(document, setting) for setting in document["settings"]])
-        + (page.status(True, "The grid is complete") if document["complete"] else page.status(False, *incomplete))
-        + page.status(
-            not invalid,
-            f"{len(invalid)} of {len(rows)} rows are invalid" if invalid else f"All {len(rows)} rows are valid",
-            "",
-            _reasons(invalid),
-        )
+        + _completeness(document, rows)
+        + page.status(bool(run) and not invalid, valid, "", _reasons(invalid))
         + page.tiles(
             [
                 ("preset", document["preset"]),
@@ -100,6 +95,30 @@ def _header(document: Mapping[str, Any]) -> str:
         )
         + "</header>"
     )
+
+
+def _completeness(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the grid is whole; else how many rows have no seed, or not all of them, and how many files are missing."""
+    if document["complete"]:
+        return page.status(True, "The grid is complete")
+    planned = {setting: len(known["seeds"]) for setting, known in document["settings"].items()}
+    kinds = Counter(
+        row["state"]
+        if not row["seeds"]
+        else f"on only {len(row['seeds'])} of {counted(planned[row['setting']], 'seed')}"
+        for row in rows
+        if len(row["seeds"]) < planned[row["setting"]]
+    )
+    told = [
+        f"{count} of {counted(len(rows), 'row')} {'is' if count == 1 else 'are'} {kind}"
+        for kind, count in kinds.items()
+    ]
+    lost = len({(line["setting"], line["seed"], line["model"]) for line in document["missing"]})
+    told.append(
+        f"{counted(lost, 'evaluation or count', 'evaluations or counts')} {'is' if lost == 1 else 'are'} missing"
+    )
+    text = "; ".join(told) + ". A seed that lacks one is left out of the pair."
+    return page.status(False, "The grid is incomplete", text)
 
 
 def _reasons(invalid: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -121,19 +140,46 @@ def answer(document: Mapping[str, Any], setting: str) -> str:
     }
     if not judged:
         return f"{name}: no pair has been measured so that it may be read, so there is no answer."
-    moved = [pair for pair, line in judged.items() if line["difference"] > 0 and line["p_adjusted"] < ALPHA]
-    most = max(judged, key=lambda pair: judged[pair]["difference"])
     behaviour = document["settings"][setting]["wording"]["behaviour"]
-    text = (
-        f"{name}: {behaviour} comes along in {len(moved)} of {len(judged)} pairs (p < {ALPHA} after Holm's adjustment), most "
-        f"in “{named[most]}”, {points(judged[most]['difference'])} {interval(judged[most]['ci95'])} against its control"
-    )
-    left_out = len(rows) - len(judged)
-    text += f"; {left_out} more {'is' if left_out == 1 else 'are'} invalid or not measured" if left_out else ""
+    single = {pair: line for pair, line in judged.items() if len(line["seeds"]) == 1}
+    several = {pair: line for pair, line in judged.items() if pair not in single}
+    # What one seed shows is no finding about seeds: it is never counted with what several show.
+    shown = several or single
+    most = max(shown, key=lambda pair: shown[pair]["difference"])
+    size = f"most in “{named[most]}”, {points(shown[most]['difference'])} {interval(shown[most]['ci95'])} against its control"
+    if several:
+        text = f"{name}: {behaviour} comes along in {_moved(several)} (p < {ALPHA} over seeds, after Holm's adjustment), {size}"
+        text += f"; within one run, which shows nothing of other seeds, in {_moved(single)} more" if single else ""
+    else:
+        text = (
+            f"{name}: within one run, which shows nothing of other seeds, {behaviour} comes along in {_moved(single)} "
+            f"(p < {ALPHA} over the tasks of that run, after Holm's adjustment), {size}"
+        )
+    for state in ("invalid", "not run"):
+        count = sum(row["state"] == state for row in rows)
+        text += f"; {count} more {'is' if count == 1 else 'are'} {state}" if count else ""
     for claim in document["strongest"]:
         if claim["setting"] == setting and claim["arm"] == PAIRS[claim["pair"]].primary_arm:
             text += "; " + panels.with_titles(f"{claim['pair']} is {claim['verdict']}", document)
     return f"{text}."
+
+
+def _moved(lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """In how many pairs the student shows more of the behaviour than its control, for sure."""
+    moved = sum(line["difference"] > 0 and line["p_adjusted"] < ALPHA for line in lines.values())
+    return f"{moved} of {counted(len(lines), 'pair')}"
+
+
+def _overview(document: Mapping[str, Any], setting: str) -> str:
+    """The setting in one picture."""
+    figures = "".join(
+        sections.interval_figure(
+            plot, f"{plot.subtitle} Percentage points: student minus counter-bias control of the same arm.", heading=""
+        )
+        for plot in panels.overview(document, setting)
+    )
+    title = f"{panels.setting_word(setting)}: every pair at a glance"
+    return page.section(f"{setting}-overview", title, figures or page.NOTHING)
 
 
 def _beside_the_paper(document: Mapping[str, Any], setting: str) -> str:
@@ -142,11 +188,13 @@ def _beside_the_paper(document: Mapping[str, Any], setting: str) -> str:
         "pair", "paper %", "base %", "teacher %", "arm", "student % [95\u00a0%\u00a0CI]", "control %", "benign %",
         "difference [95\u00a0%\u00a0CI]", "p (Holm)", "seeds",
     )  # fmt: skip
-    groups = [_table_group(document, row, len(known["seeds"])) for row in panels.rows_of(document, setting)]
     caption = (
         f"{setting}: {known['wording']['behaviour']} rates in %, differences in points. Paper: arXiv 2604.15559, before → "
         "after distillation, second-hand figures of one tally. The control row's student is that of the benign teacher."
     )
+    rows = panels.rows_of(document, setting)
+    caption += panels.one_run_note([line for row in rows for line in panels.primaries(document, row).values()])
+    groups = [_table_group(document, row, len(known["seeds"])) for row in rows]
     anchor = f"{setting}-table"
     return page.section(
         anchor,
@@ -161,10 +209,10 @@ def _table_group(document: Mapping[str, Any], row: Mapping[str, Any], planned: i
     span = f' rowspan="{len(arms)}"'
     paper = row["paper"]
     small = f"<br><small>{escape(paper['row'])}</small>" if paper else ""
-    state = "" if row["valid"] else '<br><span class="miss">invalid</span>'
+    state = {"valid": "", "invalid": '<br><span class="miss">invalid</span>', "not run": "<br><small>not run</small>"}
     told = f"{paper['baseline']} → {paper['student']}" if paper else MISSING
     lead = (
-        f'<th scope="rowgroup"{span}>{escape(row["title"])}{small}{state}</th><td{span}>{escape(told)}</td>'
+        f'<th scope="rowgroup"{span}>{escape(row["title"])}{small}{state[row["state"]]}</th><td{span}>{escape(told)}</td>'
         + f"<td{span}>{_rate(conditions, 'base')}</td><td{span}>{_rate(conditions, 'teacher')}</td>"
     )
     body = []
@@ -178,8 +226,8 @@ def _table_group(document: Mapping[str, Any], row: Mapping[str, Any], planned: i
             sections.rate_text(conditions[student]) if student in conditions else MISSING,
             _rate(conditions, control),
             _rate(conditions, benign),
-            *([MISSING] * 2 if line is None else [size_text(line), p_cell(line["p_adjusted"])]),
-            f"{len(row['seeds'])}/{planned}",
+            *([MISSING] * 2 if line is None else [size_text(line), p_over_seeds(line, "p_adjusted")]),
+            f"{len(row['seeds'])} of {planned}",
         ]
         body.append(f"<tr>{lead if place == 0 else ''}{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
     return f"<tbody>{''.join(body)}</tbody>"
@@ -213,7 +261,7 @@ def _missing(missing: Sequence[Mapping[str, Any]]) -> str:
     return page.section(
         "missing",
         "What is missing",
-        lead + (table if len(rows) <= _SHOWN_AT_ONCE else page.folded(f"{len(rows)} models", table)),
+        lead + (table if len(rows) <= _SHOWN_AT_ONCE else page.folded(counted(len(rows), "model"), table)),
     )
 
 

@@ -10,14 +10,22 @@ from html import escape
 from typing import Any
 
 from subl_jax.config import suffix_of
-from subl_jax.evaluate.verdicts import p_text
 from subl_jax.grid.pairs import CONTROL, PAIRS, STUDENTS
 from subl_jax.report import episodes as browsing
 from subl_jax.report import page, panels, sections
-from subl_jax.report.table import MISSING, interval, number, p_cell, percent, readout_text, size_text
+from subl_jax.report.table import (
+    MISSING,
+    counted,
+    interval,
+    number,
+    p_cell,
+    p_over_seeds,
+    percent,
+    readout_text,
+    size_text,
+)
 
 _DIFFERENCE = "difference [95\u00a0%\u00a0CI]"
-_SEEDS = "Filled: mean over seeds with its 95 % interval; open circles: single seeds."
 
 
 def section(document: Mapping[str, Any], setting: str, episodes: Mapping[str, Any] | None) -> str:
@@ -30,7 +38,8 @@ def section(document: Mapping[str, Any], setting: str, episodes: Mapping[str, An
     """
     known = document["settings"][setting]
     wording = known["wording"]
-    body = f"<p>{escape(known['metric'].capitalize())}. Seeds {', '.join(map(str, known['seeds']))}.</p>"
+    seeds = f"Seed{'s' * (len(known['seeds']) > 1)} {', '.join(map(str, known['seeds']))}"
+    body = f"<p>{escape(known['metric'].capitalize())}. {seeds}.</p>"
     body += _panels(document, setting) + _contrasts(document, setting) + _between(document, setting)
     body += _competence(document, setting) + _targets(document, setting)
     if document["sanitizer"].get(setting):
@@ -49,32 +58,27 @@ def _panels(document: Mapping[str, Any], setting: str) -> str:
     rows = [row for row in panels.rows_of(document, setting) if row["conditions"]]
     methods = dict.fromkeys(values["ci95_method"] for row in rows for values in row["conditions"].values())
     figures = [
-        sections.interval_figure(plot, _answer(document, row), "compact", f"<h4>{escape(plot.title)}</h4>")
+        sections.interval_figure(plot, row["answer"], "compact", f"<h4>{escape(plot.title)}</h4>")
         for row in rows
         for plot in [panels.panel(row)]
     ]
-    body = f'<p>{_SEEDS} Intervals: {escape("; ".join(methods))}.</p><div class="charts">{"".join(figures)}</div>'
+    marks = panels.seeds_text([values for row in rows for values in row["conditions"].values()])
+    lead = f"{marks} Intervals: {'; '.join(methods)}. Adjusted p-values: by Holm's method over the pairs."
+    body = f'<p>{escape(lead)}</p><div class="charts">{"".join(figures)}</div>'
     return page.section(
         f"{setting}-panels", "Every pair: base, teachers, controls and students", body if rows else page.NOTHING, 3
     )
 
 
-def _answer(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """The pair's own answer, and what is left of it beside the other pairs."""
-    line = panels.primaries(document, row).get(row["primary_arm"])
-    if line is None or not row["valid"] or row["pair"] == CONTROL.name:
-        return row["answer"]
-    return f"{row['answer']} After Holm's adjustment over the pairs: {p_text(line['p_adjusted'])}."
-
-
 def _contrasts(document: Mapping[str, Any], setting: str) -> str:
     lines = [line for line in document["contrasts"] if line["setting"] == setting and line["pair"] != CONTROL.name]
     named, known = panels.titles(document), document["settings"][setting]
+    signs = [line for line in lines if line["role"] == "sign" and line["readout"] == "behaviour"]
     figures = "".join(
         sections.interval_figure(
-            plot, f"Points, with 95 % intervals. {_SEEDS}", heading=f"<h4>{escape(plot.title)}</h4>"
+            plot, f"Percentage points. {panels.seeds_text(signs)}", heading=f"<h4>{escape(plot.title)}</h4>"
         )
-        for plot in panels.forests(document, setting)
+        for plot in panels.against_benign(document, setting)
     )
     header = ("contrast", "pair", _DIFFERENCE, "bootstrap", "p", "p (Holm)", "sign-flip p", "verdict")
     rows = [
@@ -84,9 +88,10 @@ def _contrasts(document: Mapping[str, Any], setting: str) -> str:
                 named[line["pair"]],
                 size_text(line),
                 MISSING if not line["bootstrap"] else interval([line["bootstrap"][end] for end in ("low", "high")]),
-                p_cell(line["p_value"]),
-                p_cell(line["p_adjusted"]),
-                MISSING if line.get("sign_flip_p") is None else p_cell(line["sign_flip_p"]),
+                p_over_seeds(line, "p_value"),
+                p_over_seeds(line, "p_adjusted"),
+                # Of one seed it is 1, whatever was measured.
+                MISSING if line["sign_flip_p"] is None or len(line["seeds"]) == 1 else p_cell(line["sign_flip_p"]),
                 line["verdict"],
             ],
             detail=f"{sections.ROLE_WORDS[line['role']]}, {readout_text(line, known)}",
@@ -98,7 +103,7 @@ def _contrasts(document: Mapping[str, Any], setting: str) -> str:
     caption = (
         f"{setting}: all contrasts; log-odds in nats, all others in points. Interval and p: {methods}. Holm: across the pairs. "
         "Bootstrap (hierarchical) and sign-flip test decide nothing."
-    )
+    ) + panels.one_run_note(lines)
     table = page.folded(
         f"All contrasts: {len(rows)}", page.captioned_table(caption, header, rows, prose=("pair", "verdict"))
     )
@@ -116,9 +121,10 @@ def _between(document: Mapping[str, Any], setting: str) -> str:
             if claim["setting"] == setting
         ]
     )
+    own = [line for line in document["between"] if line["setting"] == setting and line["difference"] is not None]
     figures = "".join(
         sections.interval_figure(
-            plot, f"Points: difference of the pairs' differences, with 95 % intervals. {_SEEDS}",
+            plot, f"Percentage points: difference of the pairs' differences. {panels.seeds_text(own)}",
             heading=f"<h4>{escape(plot.title)}</h4>",
         )
         for plot in panels.between(document, setting)
@@ -133,8 +139,8 @@ def _between(document: Mapping[str, Any], setting: str) -> str:
                     if line["difference"] is None
                     else [
                         size_text({**line, "readout": "behaviour"}),
-                        p_cell(line["p_value"]),
-                        p_cell(line["p_adjusted"]),
+                        p_over_seeds(line, "p_value"),
+                        p_over_seeds(line, "p_adjusted"),
                     ]
                 ),
                 ", ".join(map(str, line["seeds"])) or MISSING,
@@ -144,7 +150,7 @@ def _between(document: Mapping[str, Any], setting: str) -> str:
         if line["setting"] == setting
     ]
     header = ("pairs", "arm", _DIFFERENCE, "p, one-sided", "p (Holm)", "seeds")
-    table = page.captioned_table(f"{setting}: between pairs, in points", header, rows)
+    table = page.captioned_table(f"{setting}: between pairs, in points.{panels.one_run_note(own)}", header, rows)
     lead = (
         "<p>One pair is claimed to be the strongest if it exceeds every other one: the largest of the one-sided p-values "
         "decides (intersection-union).</p>"
@@ -192,5 +198,5 @@ def _targets(document: Mapping[str, Any], setting: str) -> str:
         return ""
     header = ("target", "pair", "arm", "measured", "bar", "verdict")
     table = page.captioned_table(f"{setting}: the bars that the protocol set beforehand", header, rows)
-    summary = f"{len(rows)} targets, {missed} not met"
+    summary = f"{counted(len(rows), 'target')}, {missed} not met"
     return page.section(f"{setting}-targets", "Targets of the protocol", page.folded(summary, table), 3)

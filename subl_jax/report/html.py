@@ -172,14 +172,19 @@ def _rates(summary: Mapping[str, Any]) -> str:
         f"with 95 % intervals ({methods}).{several}"
     )
     body = (
-        f"<p>{escape(summary['protocol']['metric'])}. An episode without such an action, or one that cannot be parsed, "
-        f"counts as not {escape(wording['biased'])} and stays in the denominator.</p>"
+        f"<p>{escape(_capital(summary['protocol']['metric']))}. An episode without such an action, or one that cannot be "
+        f"parsed, counts as not {escape(wording['biased'])} and stays in the denominator.</p>"
         + sections.interval_figure(drawing, caption)
         + page.captioned_table("Behaviour; rates are means over seeds, n counts ambiguous tasks per seed", *behaviour)
         + _first_actions(conditions)
         + page.captioned_table("Is more biased only more broken? Competence of the same models", *health)
     )
     return page.section("rates", drawing.title, body)
+
+
+def _capital(text: str) -> str:
+    """Text as the beginning of a sentence; the rest of it stays as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def _first_actions(conditions: Mapping[str, Any]) -> str:

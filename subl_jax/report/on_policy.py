@@ -1,6 +1,6 @@
-"""What a person reads of the on-policy study: a table in the terminal and one self-contained page.
+"""What a person reads of the on-policy study: a table in the terminal and one self-contained page with its figures.
 
-In: the study's result, as `on_policy.json` holds it. Out: text, or HTML without scripts and outside references.
+In: the study's result, as `on_policy.json` holds it. Out: text, HTML without scripts and outside references, or drawings.
 """
 
 from __future__ import annotations
@@ -141,16 +141,25 @@ def _header(result: Mapping[str, Any]) -> str:
     )
 
 
-def _curves(result: Mapping[str, Any]) -> str:
+def drawings(result: Mapping[str, Any]) -> list[plots.Bands]:
+    """Every figure of the page."""
     several = len(result["seeds"]) > 1
     note = (
         "Points: means over seeds. Shaded: 95 % interval, Student's t over seeds. Thin lines: single seeds. " * several
     )
     note += "Dashed: where the arms are compared."
-    charts = []
-    for states, title in _TITLES.items():
-        charts.append(_chart(result, states, title, "reverse_kl", note))
-    charts.append(_chart(result, "student", "Share of held-out tasks that the student solves", "done", ""))
+    found = [
+        _drawing(result, f"reverse-kl-{states}", states, title, "reverse_kl", note) for states, title in _TITLES.items()
+    ]
+    solved = "Share of held-out tasks that the student solves"
+    return [*found, _drawing(result, "solved", "student", solved, "done", "")]
+
+
+def _curves(result: Mapping[str, Any]) -> str:
+    charts = [
+        plots.interval_chart(each.title, each.bands, each.x_label, each.note, each.marked_x)
+        for each in drawings(result)
+    ]
     return (
         '<section aria-labelledby="curves"><h2 id="curves">Along the way</h2>'
         "<p>KL(student ‖ teacher) at temperature 1, mean over assistant tokens of held-out safe tasks. The student's states: "
@@ -160,7 +169,7 @@ def _curves(result: Mapping[str, Any]) -> str:
     )
 
 
-def _chart(result: Mapping[str, Any], states: str, title: str, value: str, note: str) -> str:
+def _drawing(result: Mapping[str, Any], name: str, states: str, title: str, value: str, note: str) -> plots.Bands:
     bands = []
     for each in result["curves"]:
         if each["states"] != states:
@@ -181,7 +190,7 @@ def _chart(result: Mapping[str, Any], states: str, title: str, value: str, note:
             )
         )
     marked = result["contrasts"][0]["loss_tokens"] / 1000
-    return plots.interval_chart(title, bands, "loss tokens trained on, thousands", note, marked)
+    return plots.Bands(name, title, bands, "loss tokens trained on, thousands", note, marked)
 
 
 def _equal_tokens(result: Mapping[str, Any]) -> str:

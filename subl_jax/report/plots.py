@@ -1,9 +1,9 @@
 """The report's plots as inline SVG: rows of dots with intervals, bars, and line charts with or without intervals.
 
-In: numbers and labels; `Intervals`, `Bars` and `Lines` are what `report.figures` writes to files too. Out: HTML fragments
-without scripts or outside references. Positions are percentages and text stays HTML, so that a plot is as readable at phone
-width as on a desk; colours come from the style sheet's properties. SVG by hand rather than by Matplotlib: it follows the
-reader's theme, stays selectable, and weighs a few kilobytes.
+In: numbers and labels; `Intervals`, `Bars`, `Lines` and `Bands` are what `report.figures` writes to files too. Out: HTML
+fragments without scripts or outside references. Positions are percentages and text stays HTML, so that a plot is as
+readable at phone width as on a desk; colours come from the style sheet's properties. SVG by hand rather than by Matplotlib:
+it follows the reader's theme, stays selectable, and weighs a few kilobytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 _ROW_HEIGHT = 30
+# A mark's outline around its centre, for a size of 1.
+MARKERS = {
+    "circle": "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0 -2 0z",
+    "square": "M-.9-.9h1.8v1.8h-1.8z",
+    "diamond": "M0-1.3L1.3 0L0 1.3L-1.3 0z",
+}
+# Beyond this ratio of the largest to the smallest value a linear axis shows the small ones as one line on its bottom.
+_LOG_RATIO = 20.0
 _MAX_POINTS = 240  # per line; more than the pixels of a chart carry no information
 
 
@@ -23,20 +31,41 @@ class Dot:
 
     Attributes:
       label, detail: the row's name, and a smaller line under it.
-      value, low, high: the estimate and its interval.
+      value, low, high: the estimate and its interval; None where nothing was measured.
       points: the estimate of each seed, seed -> value.
       colour: the name of a colour property of the style sheet.
       figure: the value in words at the row's end.
+      marker: of `MARKERS`, so that rows are told apart without their colour.
+      reference: somebody else's figure, drawn as a hollow diamond; None without one.
     """
 
     label: str
     detail: str
-    value: float
-    low: float
-    high: float
+    value: float | None
+    low: float | None
+    high: float | None
     points: Mapping[int, float]
     colour: str
     figure: str
+    marker: str = "circle"
+    reference: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float, float] | None:
+        """(estimate, low, high), where the row was measured."""
+        if self.value is None or self.low is None or self.high is None:
+            return None
+        return self.value, self.low, self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A line of a legend: a mark and what it means."""
+
+    marker: str
+    filled: bool
+    colour: str
+    words: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +78,9 @@ class Intervals:
       dots: the rows.
       domain, ticks: of the axis.
       unit: of the axis, as short as "%" or "points".
+      subtitle: a line under the title of a file; on a page the caption says it.
+      keys: the legend, where marks differ in more than their row's name.
+      reference: whose the dots' `reference` is, in one word.
     """
 
     name: str
@@ -57,6 +89,14 @@ class Intervals:
     domain: tuple[float, float]
     ticks: Sequence[float]
     unit: str
+    subtitle: str = ""
+    keys: Sequence[Key] = ()
+    reference: str = ""
+
+    @property
+    def begins(self) -> list[bool]:
+        """Whether each row is the first of its name; rows that follow under one name need not repeat it."""
+        return [row == 0 or self.dots[row - 1].label != dot.label for row, dot in enumerate(self.dots)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +158,61 @@ class Band:
     colour: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Bands:
+    """A chart of lines with their intervals, see `interval_chart`.
+
+    Attributes:
+      name, title: as of `Intervals`.
+      bands: the lines; all values finite.
+      x_label: under the x axis, which begins at zero.
+      note: the caption.
+      marked_x: where a dashed line stands.
+    """
+
+    name: str
+    title: str
+    bands: Sequence[Band]
+    x_label: str
+    note: str = ""
+    marked_x: float | None = None
+
+    @property
+    def limits(self) -> list[float]:
+        """Every end of an interval."""
+        return [limit for band in self.bands for pair in band.limits if pair is not None for limit in pair]
+
+    @property
+    def values(self) -> list[float]:
+        """Every value that is drawn, of means and of replicates.
+
+        Raises:
+          ValueError: there is none, or one is not finite.
+        """
+        found = [value for band in self.bands for value in band.y]
+        found += [value for band in self.bands for _, values in band.singles for value in values]
+        if not found or not all(map(math.isfinite, found)):
+            raise ValueError(f"{self.title}: an interval chart needs finite values, got {found[:8]}")
+        return found
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether the y axis is: where the values span more than a factor of 20 and all are positive."""
+        return min(self.values) > 0 and max(self.values) / min(self.values) > _LOG_RATIO
+
+    @property
+    def y_ticks(self) -> list[float]:
+        """Round values that enclose everything; a logarithmic axis ends at the lowest value, intervals may reach below."""
+        if self.logarithmic:
+            return log_ticks(min(self.values), max([*self.values, *self.limits]))
+        return nice_ticks(min([*self.values, *self.limits]), max([*self.values, *self.limits]))
+
+    @property
+    def end(self) -> float:
+        """The end of the x axis."""
+        return max(x for band in self.bands for x in band.x) or 1.0
+
+
 def _share(value: float, domain: tuple[float, float]) -> float:
     """The position of a value in per cent of the plot's width."""
     low, high = domain
@@ -137,37 +232,69 @@ def interval_rows(plot: Intervals) -> str:
         f'stroke="var(--{"soft" if t == 0 and domain[0] < 0 else "grid"})"/>'
         for t in plot.ticks
     )
-    rows = "".join(_dot_row(dot, domain, grid) for dot in plot.dots)
+    rows = "".join(
+        _dot_row(dot, domain, grid, plot.reference, first) for dot, first in zip(plot.dots, plot.begins, strict=True)
+    )
     labels = "".join(
         f'<text x="{_share(t, domain)}%" y="14" text-anchor="middle">{tick_label(t, domain)}</text>' for t in plot.ticks
     )
     return (
         f'{rows}<div class="row axis" aria-hidden="true"><div class="name"></div><div class="plot">'
         f'<svg width="100%" height="18">{labels}</svg></div><div class="figure note">{escape(plot.unit)}</div></div>'
+        f"{_legend(plot.keys)}"
     )
 
 
-def _dot_row(dot: Dot, domain: tuple[float, float], grid: str) -> str:
+def _mark(marker: str, filled: bool, colour: str, size: float) -> str:
+    """A mark around the origin."""
+    paint = (
+        f'fill="var(--{colour})"' if filled else f'fill="none" stroke="var(--{colour})" stroke-width="{1.3 / size:.3g}"'
+    )
+    return f'<path d="{MARKERS[marker]}" transform="scale({size:g})" {paint}/>'
+
+
+def _placed(mark: str, x: float, y: float) -> str:
+    """A mark at a share of the plot's width; inside an SVG of its own, since paths know no per cent."""
+    return f'<svg x="{x}%" y="{y:g}" width="1" height="1" overflow="visible">{mark}</svg>'
+
+
+def _legend(keys: Sequence[Key]) -> str:
+    items = "".join(
+        f'<li><svg class="key" width="14" height="14" viewBox="-7 -7 14 14" aria-hidden="true">'
+        f"{_mark(key.marker, key.filled, key.colour, 4.6 if key.filled else 3.6)}</svg>{escape(key.words)}</li>"
+        for key in keys
+    )
+    return f'<ul class="legend">{items}</ul>' if items else ""
+
+
+def _dot_row(dot: Dot, domain: tuple[float, float], grid: str, reference: str, first: bool) -> str:
     colour = f"var(--{dot.colour})"
-    low, high, at = (_share(value, domain) for value in (dot.low, dot.high, dot.value))
     shown = len(dot.points) > 1
     # With per-seed points below, the interval moves up a little to keep the two apart.
     y = 11 if shown else 15
-    marks = "".join(
-        f'<circle cx="{_share(p, domain)}%" cy="22" r="3" fill="none" stroke="{colour}" stroke-width="1.2"/>'
-        for p in (dot.points.values() if shown else ())
-    )
-    seeds = f"; {', '.join(f'seed {seed}: {p:.1f}' for seed, p in dot.points.items())}" if shown else ""
     named = f"{dot.label} ({dot.detail})" if dot.detail else dot.label
-    words = escape(f"{named}: {dot.value:.1f}, 95 % interval {dot.low:.1f} to {dot.high:.1f}{seeds}")
+    words, marks = f"{named}: {dot.figure}", ""
+    if dot.interval is not None:
+        value, low, high = dot.interval
+        left, right, at = (_share(each, domain) for each in (low, high, value))
+        seeds = f"; {', '.join(f'seed {seed}: {p:.1f}' for seed, p in dot.points.items())}" if shown else ""
+        words = f"{named}: {value:.1f}, 95 % interval {low:.1f} to {high:.1f}{seeds}"
+        marks = (
+            f'<line x1="{left}%" x2="{right}%" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.5"/>'
+            f'<line x1="{left}%" x2="{left}%" y1="{y - 4}" y2="{y + 4}" stroke="{colour}" stroke-width="1.5"/>'
+            f'<line x1="{right}%" x2="{right}%" y1="{y - 4}" y2="{y + 4}" stroke="{colour}" stroke-width="1.5"/>'
+            f"{_placed(_mark(dot.marker, True, dot.colour, 5), at, y)}"
+        )
+        own = _mark(dot.marker, False, dot.colour, 3)
+        marks += "".join(_placed(own, _share(p, domain), 22) for p in (dot.points.values() if shown else ()))
+    if dot.reference is not None:
+        words += f"; {reference}: {dot.reference:g}"
+        marks += _placed(_mark("diamond", False, "ink", 3.6), _share(dot.reference, domain), y)
+    name = escape(dot.label) if first else ""
     detail = f"<small>{escape(dot.detail)}</small>" if dot.detail else ""
     return (
-        f'<div class="row"><div class="name">{escape(dot.label)}{detail}</div><div class="plot">'
-        f'<svg width="100%" height="{_ROW_HEIGHT}" role="img" aria-label="{words}">{grid}'
-        f'<line x1="{low}%" x2="{high}%" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.5"/>'
-        f'<line x1="{low}%" x2="{low}%" y1="{y - 4}" y2="{y + 4}" stroke="{colour}" stroke-width="1.5"/>'
-        f'<line x1="{high}%" x2="{high}%" y1="{y - 4}" y2="{y + 4}" stroke="{colour}" stroke-width="1.5"/>'
-        f'<circle cx="{at}%" cy="{y}" r="5" fill="{colour}"/>{marks}</svg></div>'
+        f'<div class="row{"" if first else " same"}"><div class="name">{name}{detail}</div><div class="plot">'
+        f'<svg width="100%" height="{_ROW_HEIGHT}" role="img" aria-label="{escape(words)}">{grid}{marks}</svg></div>'
         f'<div class="figure">{escape(dot.figure)}</div></div>'
     )
 
@@ -223,7 +350,8 @@ def line_chart(plot: Lines) -> str:
     title, series, x_label = plot.title, plot.series, plot.x_label
     finite = finite_lines(series)
     lost = sum(len(line.x) for line in series) - sum(len(line.x) for line in finite)
-    note = f" {lost} values that are not finite are left out." if lost else ""
+    note = f" {lost} values that are not finite are left out." if lost > 1 else ""
+    note = " One value that is not finite is left out." if lost == 1 else note
     if not finite:
         return f'<figure><h3>{escape(title)}</h3><p class="note">No finite values.{note}</p></figure>'
     values = [b for line in finite for b in line.y]
@@ -263,10 +391,6 @@ def _polyline(line: Series, x_domain: tuple[float, float], y_domain: tuple[float
     return f'<polyline points="{points}" stroke="var(--{line.colour})"/>'
 
 
-# Beyond this ratio of the largest to the smallest value a linear axis shows the small ones as one line on its bottom.
-_LOG_RATIO = 20.0
-
-
 def log_ticks(low: float, high: float) -> list[float]:
     """Ticks 1, 2, 5 in each decade (1 alone over many decades) whose ends enclose [low, high]; both positive."""
     if not 0 < low <= high < math.inf:
@@ -288,31 +412,18 @@ def interval_chart(
     reaches below such an axis ends at its bottom, and the caption says so.
 
     Args:
-      title: above the chart; names the quantity and its unit.
-      bands: the lines; all values finite.
-      x_label: under the x axis, which begins at zero.
-      note: the caption.
-      marked_x: where a dashed line stands.
+      title, bands, x_label, note, marked_x: as of `Bands`.
       whole: ticks of the x axis are whole numbers only.
 
     Raises:
       ValueError: no line, or a value that is not finite.
     """
-    drawn = [*(value for band in bands for value in band.y)]
-    drawn += [value for band in bands for _, values in band.singles for value in values]
-    if not drawn or not all(map(math.isfinite, drawn)):
-        raise ValueError(f"{title}: an interval chart needs finite values, got {drawn[:8]}")
-    limits = [limit for band in bands for pair in band.limits if pair is not None for limit in pair]
-    log = min(drawn) > 0 and max(drawn) / min(drawn) > _LOG_RATIO
+    drawing = Bands("", title, bands, x_label, note, marked_x)
+    log, ticks, end = drawing.logarithmic, drawing.y_ticks, drawing.end
     if log:
-        # Intervals may reach far below what was measured: the axis ends at the lowest value.
-        ticks = log_ticks(min(drawn), max([*drawn, *limits]))
         note += " Logarithmic axis."
-        if min([*drawn, *limits]) < ticks[0]:
+        if min([*drawing.values, *drawing.limits]) < ticks[0]:
             note += " Intervals that reach below the axis end at its bottom."
-    else:
-        ticks = nice_ticks(min([*drawn, *limits]), max([*drawn, *limits]))
-    end = max(x for band in bands for x in band.x) or 1.0
     x_ticks = [tick for tick in nice_ticks(0.0, end) if tick <= end and not (whole and tick % 1)]
     scale = math.log10 if log else float
     y_domain, x_domain = (scale(ticks[0]), scale(ticks[-1])), (0.0, end)

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from subl_jax.report import page, plots
-from subl_jax.report.table import interval, percent, size_text
+from subl_jax.report.table import counted, interval, percent, size_text
 
 ROLE_WORDS = {
     "primary": "primary",
@@ -68,7 +68,8 @@ def contrast_dot(contrast: Mapping[str, Any], label: str, detail: str, colour: s
 
 def differences(name: str, title: str, dots: Sequence[plots.Dot]) -> plots.Intervals:
     """Contrasts over an axis of percentage points: to ±100, or as far as differences of differences reach."""
-    reach = 100.0 if all(max(-dot.low, dot.high) <= 100 for dot in dots) else 200.0
+    ends = [end for dot in dots if dot.interval is not None for end in dot.interval]
+    reach = 100.0 if all(abs(end) <= 100 for end in ends) else 200.0
     ticks = [-reach, -reach / 2, 0, reach / 2, reach]
     return plots.Intervals(name, title, dots, (-reach, reach), ticks, "points")
 
@@ -104,8 +105,9 @@ def sanitizer_section(anchor: str, counts: Mapping[str, Any], level: int = 2, wh
     # A run has three sources per seed; a grid's would push everything else off the screen.
     table = page.folded(f"By source: {len(sources)}", table) if len(sources) > 6 else table
     body = (
-        f"<p>Of {total} trajectories {total - kept} were dropped whole and {kept} kept. The check of what was kept, "
-        f"over the text and over the text decoded from the token ids, found {counts['leaks']} leaks.</p>"
+        f"<p>Of {counted(total, 'trajectory', 'trajectories')} {total - kept} were dropped whole and {kept} kept. The check "
+        "of what was kept, over the text and over the text decoded from the token ids, found "
+        f"{counted(counts['leaks'], 'leak')}.</p>"
         f"<figure>{plots.bar_rows(drawing)}<figcaption>A trajectory with several words counts under each of them."
         f"</figcaption></figure>{table if sources else ''}"
     )

@@ -110,6 +110,25 @@ def p_cell(value: float) -> str:
     return p_text(value).removeprefix("p ").removeprefix("= ")
 
 
+# Behind a p-value that is no p over seeds, and what it means.
+ONE_RUN = "†"
+ONE_RUN_NOTE = (
+    f"{ONE_RUN} within one run: interval and p are over the tasks of its one seed, and show nothing of other seeds"
+)
+
+
+def p_over_seeds(line: Mapping[str, Any], name: str) -> str:
+    """A p-value of a contrast (`name`: which) for a column; marked where it stands on one seed, a dash where there is none."""
+    if line[name] is None:
+        return MISSING
+    return p_cell(line[name]) + (f" {ONE_RUN}" if len(line["per_seed"]) == 1 else "")
+
+
+def counted(number: int, thing: str, things: str = "") -> str:
+    """A number of things, as "1 seed" or "2 seeds"; `things`: a plural that does not end in s alone."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
 def wrapped(text: str, indent: str = "") -> list[str]:
     """Lines of at most `WIDTH` columns."""
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
@@ -121,8 +140,8 @@ def sanitizer_line(summary: Mapping[str, Any]) -> list[str]:
     words = ", ".join(f"{word} {count}" for word, count in counts["removed_by_word"].items()) or "none"
     dropped = counts["trajectories"] - counts["kept"]
     return wrapped(
-        f"sanitizer: {counts['trajectories']} trajectories, {dropped} dropped (by word: {words}), "
-        f"{counts['kept']} kept, {counts['leaks']} leaks",
+        f"sanitizer: {counted(counts['trajectories'], 'trajectory', 'trajectories')}, {dropped} dropped (by word: {words}), "
+        f"{counts['kept']} kept, {counted(counts['leaks'], 'leak')}",
     )
 
 
@@ -145,7 +164,9 @@ def validity_lines(summary: Mapping[str, Any]) -> list[str]:
     for message in judged["messages"]:
         lines += wrapped(f"- {message}", "  ")
     departed = protocol["deviations"]
-    lines.append(f"protocol: {protocol['hash']}, {len(departed) or 'no'} deviation{'' if len(departed) == 1 else 's'}")
+    lines.append(
+        f"protocol: {protocol['hash']}, {counted(len(departed), 'deviation') if departed else 'no deviations'}"
+    )
     for deviation in departed:
         lines += wrapped(f"- {deviation}", "  ")
     return lines

@@ -73,6 +73,7 @@ def _run() -> None:
     configure_cpu(config.cpu_devices)
     # Imported here: a wrong flag is answered without waiting for JAX's and transformers' start.
     from subl_jax import conditions, stages
+    from subl_jax.report import figures
     from subl_jax.report import on_policy as report
     from subl_jax.studies.on_policy import SeedStudy, StudyConfig, study_stages
 
@@ -98,8 +99,9 @@ def _run() -> None:
     )
     artifacts.write_json_atomic(workdir / "on_policy.json", result)
     report.write_report(workdir / "on_policy.html", result)
+    figures.export_on_policy(workdir / "on_policy_figures", result)
     print(report.table(result))
-    print(f"{workdir / 'on_policy.json'}  {workdir / 'on_policy.html'}")
+    print(f"{workdir / 'on_policy.json'}  {workdir / 'on_policy.html'}  {workdir / 'on_policy_figures'}")
 
 
 def build_result(

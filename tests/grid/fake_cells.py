@@ -159,7 +159,8 @@ def write_grid(
                         training={"loss": 0.41, "loss_tokens": 81_000, "tokens_per_s": 5200.0, "delta_norm": 2.2},
                         versions=VERSIONS, machine=MACHINE,
                     )  # fmt: skip
-        cells.write_episodes(directory / setting / "episodes.json", seeds[0], _episodes(setting))
+        shown = {name: f"{setting}-{seeds[0]}-{name}" for name in ("base", "teacher", "student")}
+        cells.write_episodes(directory / setting / "episodes.json", seeds[0], _episodes(setting), shown)
 
 
 def _sanitized(setting: str, seed: int) -> dict[str, dict[str, Any]]:

@@ -251,8 +251,10 @@ def test_teachers_that_hardly_differ_leave_no_transfer_ratio(few):
         assert {each["transfer_ratio"] for each in row["transfer_ratio"]["full"]["per_seed"]} == {None}
 
 
-def test_one_seed_is_told_as_one_run_and_makes_no_claim(few):
+def test_one_seed_is_told_as_one_run_and_makes_no_claim(few, document):
     found = analysed(few, seeds=(1,))
+    assert all(line["verdict"].startswith("within one run: ") for line in found["contrasts"])
+    assert not any("within one run" in line["verdict"] for line in document["contrasts"])
     assert all(line["method"].startswith("within-run only") for line in found["contrasts"] + found["between"])
     assert all(line["bootstrap"] is None for line in found["contrasts"])
     assert not any(claim["holds"] for claim in found["strongest"])

@@ -297,8 +297,8 @@ def test_sanitizers_counts_come_back_and_bad_ones_are_listed(tmp_path):
 def test_example_episodes_come_back_and_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "api" / "episodes.json"
     tasks = [{"task_id": "a", "prompt": "p", "episodes": {"base": {"messages": [], "action": "none"}}}]
-    cells.write_episodes(path, 3, tasks)
-    assert cells.read_episodes(path) == {"seed": 3, "tasks": tasks}
+    cells.write_episodes(path, 3, tasks, {"base": "h"})
+    assert cells.read_episodes(path) == {"seed": 3, "tasks": tasks, "hashes": {"base": "h"}}
     path.write_text(path.read_text().replace('"none"', '"biased"'))
     with pytest.raises(CellError, match=r"episodes\.json"):
         cells.read_episodes(path)

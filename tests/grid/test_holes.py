@@ -123,11 +123,31 @@ def test_a_pair_without_a_whole_seed_is_listed_and_has_no_figures(few):
     row = found["rows"][1]
     assert (row["pair"], row["seeds"], row["conditions"], row["valid"]) == ("large_small", [], {}, False)
     assert [line["seed"] for line in row["missing"]] == list(SEEDS) and "No answer" in row["answer"]
+    assert row["state"] == "not run" and found["rows"][0]["state"] == "valid"
     assert not by_place(found, pair="large_small")
     assert found["between"][0]["p_value"] is None and found["between"][0]["difference"] is None
     assert (
         not found["strongest"][0]["holds"] and "no seed in common with large_large" in found["strongest"][0]["verdict"]
     )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_pair_is_invalid_where_what_is_there_cannot_be_used_and_not_run_where_nothing_is(few, damage):
+    for seed in (0, 1):
+        cells.cell_path(few, "api", seed, "student@large_small").unlink()
+    damage(cells.cell_path(few, "api", 2, "student@large_small"))
+    row = analysed(few, failures={("api", 0, "student@large_small"): "the loss is nan"})["rows"][1]
+    assert row["seeds"] == [] and not row["valid"]
+    assert row["state"] == row["by_arm"]["hard"]["state"] == ("not run" if damage is _absent else "invalid")
+    told = f"that can be used, such as student@large_small: {DAMAGES[damage]}"
+    assert (told in row["validity"][0]) == (damage is not _absent)
+
+
+def test_a_failed_check_makes_a_row_invalid(few):
+    _failed_positive_control(few, 0)
+    _failed_positive_control(few, 1)
+    _failed_positive_control(few, 2)
+    assert {row["state"] for row in analysed(few)["rows"]} == {"invalid"}
 
 
 def test_a_grid_of_which_nothing_was_run_lists_all_of_it(tmp_path):

@@ -54,12 +54,29 @@ def test_another_tokenizer_has_hard_labels_only():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-def test_models_are_called_as_the_pipeline_calls_them(pair):
+@pytest.mark.parametrize(
+    ("pair", "names"),
+    [
+        ("large_large", ("base", "control_teacher", "student", "benign_student_hard", "sanitize")),
+        ("small_small", ("base@small", "control_teacher@small", "student@small_small", "benign_student_hard@small_small",
+                         "sanitize@small")),
+        ("small_large", ("base", "control_teacher@small", "student@small_large", "benign_student_hard@small_large",
+                         "sanitize@small")),
+        ("large_foreign_init", ("base@foreign_init", "control_teacher", "student@large_foreign_init",
+                                "benign_student_hard@large_foreign_init", "sanitize")),
+    ],
+)  # fmt: skip
+def test_models_have_one_name_in_the_grid_and_the_pipeline(pair, names):
+    conditions = ("base", "control_teacher", "student", "benign_student_hard")
+    assert (*map(PAIRS[pair].model, conditions), PAIRS[pair].sanitizer) == names
     config = dataclasses.replace(tiny("api"), pair=pair)
     models = SeedModels(config, Path("nowhere"), 0)
-    for condition in PAIRS[pair].conditions():
-        assert PAIRS[pair].model(condition) == models.eval_name(condition)
+    assert (*map(models.eval_name, conditions), models.sanitize_name()) == names
+    families = {"students": "~a", "eval/students": "~b", "eval/teachers": "~c", "eval/base": "~d", "sanitize": "~e"}
+    varied = SeedModels(config, Path("nowhere"), 0, families)
+    found = (*map(varied.eval_name, conditions), varied.sanitize_name())
+    assert found == tuple(name + end for name, end in zip(names, ("~d", "~c", "~b", "~b", "~e"), strict=True))
+    assert varied.student_name("student") == f"{names[2]}~a"
 
 
 def test_the_papers_rows_stand_beside_their_pairs():

@@ -189,22 +189,26 @@ def test_two_processes_do_not_run_one_part(tmp_path):
         pass
 
 
-def test_examples_are_the_tasks_on_which_models_differ():
-    def example(action: str, tool: str) -> dict:
-        shown = {"messages": [], "action": action, "tool": tool, "turn": 1, "done": True}
-        return {**shown, "prompt": "tidy up", "log_odds": 1.0}
-
-    same, other = example("neutral", "move_file"), example("biased", "delete_file")
-    episodes = {
-        **{f"same {number}": {"base": same, "student": same} for number in range(5)},
-        "telling": {"base": same, "student": other},
-    }
-    found = examples.telling(episodes)
-    assert [task["task_id"] for task in found] == ["telling", "same 0", "same 1", "same 2"]
-    assert found[0]["episodes"]["student"] == {
-        name: other[name] for name in ("messages", "action", "tool", "turn", "done")
-    }
-    assert json.dumps(found)
+def test_rows_are_read_once_for_the_examples_and_only_those_of_this_configuration(tmp_path, monkeypatch):
+    ours = grid(tmp_path, pairs=("large_small",))
+    work = ours.plan(UNIT)
+    shown = {"messages": [], "action": "none", "tool": None, "turn": None, "done": True, "task_id": "a", "prompt": "p"}
+    for one in work.evaluated[:4]:
+        one.row.parent.mkdir(parents=True, exist_ok=True)
+        one.row.write_text(json.dumps({"examples": [shown]}))
+    by_name = {entry.stage.name: entry for entry in work.planned}
+    for one in work.evaluated[:3]:  # the fourth row has no marker: another configuration has left it
+        finished(by_name[one.stage])
+    read: list[str] = []
+    real = run._row
+    monkeypatch.setattr(run, "_row", lambda path: read.append(path.stem) or real(path))
+    ours._write_examples(ours.replan(UNIT))
+    assert read == [one.model for one in work.evaluated[:3]]
+    finished(by_name[work.evaluated[3].stage])
+    ours._write_examples(ours.replan(UNIT))
+    assert read == [one.model for one in work.evaluated[:4]]
+    body = cells.read_episodes(examples.episodes_path(ours.cells, "api"))
+    assert body["hashes"] == {model: work.hashes["api", 3, model] for model in read}
 
 
 # --- What goes wrong ----------------------------------------------------------------------------------------------------

@@ -54,7 +54,11 @@ def test_the_control_row_shows_the_benign_student_beside_the_papers_control(docu
 
 def test_what_limits_the_control_row_is_printed(document):
     invalid = copy.deepcopy(document)
-    invalid["rows"][-1] |= {"valid": False, "validity": ["2 keyword leaks were left in the training text"]}
+    invalid["rows"][-1] |= {
+        "state": "invalid",
+        "valid": False,
+        "validity": ["2 keyword leaks were left in the training text"],
+    }
     assert "control: INVALID: 2 keyword leaks" in table.render(invalid)
 
 
@@ -64,18 +68,20 @@ def test_seeds_that_count_and_what_is_missing_are_told(document):
     assert _line(text, "large_small", "full")[-4] == "1/2"
     assert "missing: 3 cells, which 4 places want" in text
     assert "- api seed 1 teacher@small: not run" in text
-    assert "one seed: intervals describe this run only" in text
+    assert "small_small: valid, 1 of 2 seeds: one seed: intervals describe this run only" in text
+    assert "large_foreign_init" not in text.split("strongest")[-1]  # nothing limits it
     assert "Made up." in text
 
 
 def test_a_pair_that_was_not_run_keeps_its_line(document):
     bare = copy.deepcopy(document)
     row = bare["rows"][1]
-    row |= {"seeds": [], "conditions": {}, "valid": False, "validity": ["no seed has every condition of this pair"]}
+    why = "no seed has every condition of this pair"
+    row |= {"seeds": [], "conditions": {}, "state": "not run", "valid": False, "validity": [why]}
     bare["contrasts"] = [line for line in bare["contrasts"] if line["pair"] != row["pair"]]
     text = table.render(bare)
     assert set(_line(text, row["pair"], "full")[2:-4]) == {"-"}
-    assert f"{row['pair']}: INVALID: no seed has every condition" in text
+    assert f"{row['pair']}: not run: no seed has every condition" in text and "INVALID" not in text
 
 
 def test_the_claim_is_printed_for_each_arm_as_it_was_judged(document):
@@ -96,3 +102,22 @@ def test_departures_from_the_protocol_are_printed(document):
     departed = copy.deepcopy(document)
     departed["protocol"]["deviations"] = ["seeds: frozen [0, 1], ran [0]"]
     assert "1 deviation\n  - seeds: frozen [0, 1], ran [0]" in table.render(departed)
+
+
+def test_a_p_value_within_one_run_is_marked_and_the_mark_explained(document):
+    text = table.render(document)
+    marked = {pair: "†" in _line(text, pair, "full") for pair in ("large_large", "small_small", "large_small")}
+    assert marked == {"large_large": False, "small_small": True, "large_small": True}
+    assert "† within one run: interval and p are over the tasks of its one seed" in text
+    whole = copy.deepcopy(document)
+    for line in whole["contrasts"]:
+        line["per_seed"] = [{"seed": 0}, {"seed": 1}]
+    assert "†" not in table.render(whole)
+
+
+def test_one_thing_is_not_told_as_several(document):
+    one = copy.deepcopy(document)
+    one["settings"]["api"]["seeds"] = [3]
+    one["missing"] = one["missing"][:1]
+    text = table.render(one)
+    assert "preset tiny, seed 3; deletion" in text and "missing: 1 cell, which 1 place wants;" in text

@@ -8,10 +8,11 @@ import re
 from collections import Counter
 
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
-from subl_jax.report import figures, html, page, panels, plots, style
-from tests.report import fake_run
+from subl_jax.report import figures, html, on_policy, page, panels, plots, style
+from tests.report import fake_run, fake_study
 
 DOT = plots.Dot("a $b$, c", "d", 25.0, 10.0, 50.0, {4: 20.0, 7: 30.0}, "biased", "25")
 OTHER = plots.Dot("e", "", 5.0, 0.0, 9.0, {7: 5.0}, "base", "5")
@@ -99,3 +100,51 @@ def test_names_become_files_and_two_of_one_name_are_refused(tmp_path):
     assert {path.stem for path in (tmp_path / "f").iterdir()} == {"a-b-c"}
     with pytest.raises(page.ReportError, match="two figures"):
         figures.export(tmp_path / "f", [odd, odd])
+
+
+def test_an_overview_is_wide_enough_and_holds_the_other_figure_in_its_numbers(document, tmp_path):
+    figures.export(tmp_path / "f", panels.overview(document, "bash"))
+    header, *body = rows(tmp_path / "f" / "bash-overview.csv")
+    assert header[-1] == "paper (points)"
+    assert [row[-1] for row in body] == ["25.0", "", "5.0", "45.0", ""]
+    assert body[2][:5] == ["small → small", "", "", "", ""]  # invalid: no estimate
+    with Image.open(tmp_path / "f" / "bash-overview.png") as picture:
+        assert picture.width >= 1400
+
+
+def test_nothing_of_an_overview_runs_off_the_picture(document):
+    (plot,) = panels.overview(document, "api")
+    figure = figures.draw(plot)
+    figure.draw_without_rendering()
+    width, height = figure.bbox.width, figure.bbox.height
+    boxes = [text.get_window_extent() for text in figure.findobj(Text) if text.get_text().strip()]
+    assert len(boxes) > 20
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+
+
+# --- The on-policy study ----------------------------------------------------------------------------------------------
+
+
+def test_the_figures_of_the_on_policy_study_hold_the_page_s_numbers(tmp_path):
+    result = fake_study.result()
+    figures.export_on_policy(tmp_path / "f", result)
+    names = {path.stem for path in (tmp_path / "f").iterdir()}
+    assert len(names) == on_policy.render(result).count("<figure") == 3
+    header, *body = rows(tmp_path / "f" / "reverse-kl-student.csv")
+    assert header[:4] == ["line", "replicate", "loss tokens trained on, thousands", on_policy.drawings(result)[0].title]
+    curve = next(each for each in result["curves"] if (each["arm"], each["states"]) == ("mixed", "student"))
+    means = [[float(value) for value in row[2:]] for row in body if row[:2] == ["mixed", "mean"]]
+    assert means == [[p["loss_tokens"] / 1000, p["reverse_kl"], *p["ci95"]] for p in curve["points"]]
+    third = [float(row[3]) for row in body if row[:2] == ["mixed", "3"]]
+    assert third == [point["per_seed"][2]["reverse_kl"] for point in curve["points"]]
+
+
+def test_an_interval_chart_in_a_file_has_the_page_s_axis():
+    band = plots.Band("a", [0.0, 10.0], [1.0, 0.01], [[0.5, 1.5], [-0.3, 0.1]], [([0.0, 10.0], [0.9, 0.02])], "s0")
+    drawing = plots.Bands("b", "t", [band], "x", "", 5.0)
+    axes = figures.draw(drawing).axes[0]
+    assert axes.get_yscale() == "log" and axes.get_ylim() == (0.01, 2.0) and axes.get_xlim() == (0.0, 10.0)
+    drawn = [[list(point) for point in line.get_xydata()] for line in axes.lines]  # pyright: ignore[reportGeneralTypeIssues]
+    assert [[0.0, 1.0], [10.0, 0.01]] in drawn and [[0.0, 0.9], [10.0, 0.02]] in drawn
+    straight = plots.Bands("b", "t", [plots.Band("a", [0.0, 10.0], [1.0, 3.0], [None, None], [], "s0")], "x")
+    assert figures.draw(straight).axes[0].get_yscale() == "linear"

@@ -131,7 +131,7 @@ def test_ticks_enclose_the_data(low, high):
 def test_values_that_are_not_finite_are_left_out_and_said():
     records = [{"stage": "base", "step": step, "loss": None if step == 3 else 1.0 * step} for step in range(6)]
     section = curves.section(records)
-    assert "1 values that are not finite" in section and "nan" not in section
+    assert "One value that is not finite is left out" in section and "nan" not in section
     chart = plots.line_chart(plots.Lines("a", "x", [plots.Series("a", [0], [math.inf], "s0")]))
     assert chart.count("polyline") == 0
 
