@@ -110,9 +110,16 @@ def test_an_empty_run_still_renders():
 def test_dots_stand_where_their_values_are():
     dot = plots.Dot("student", "", 25.0, 10.0, 50.0, {4: 20.0, 7: 30.0}, "biased", "25")
     row = plots.interval_rows(plots.Intervals("a", "a", [dot], (0.0, 100.0), (0, 100), "%"))
-    assert 'cx="25.0%"' in row and 'x1="10.0%" x2="50.0%"' in row
-    assert 'cx="20.0%"' in row and 'cx="30.0%"' in row
-    assert "seed 4: 20.0, seed 7: 30.0" in row
+    assert 'x1="10.0%" x2="50.0%"' in row and "seed 4: 20.0, seed 7: 30.0" in row
+    placed = re.findall(r'<svg x="([\d.]+)%"[^>]*><path [^>]*(fill="none"|fill="var\(--biased\)")', row)
+    assert [(float(x), paint == 'fill="none"') for x, paint in placed] == [(25.0, False), (20.0, True), (30.0, True)]
+
+
+def test_a_reference_stands_as_a_hollow_mark_where_its_value_is_and_is_told():
+    dot = plots.Dot("a", "", None, None, None, {}, "base", "not run", reference=75.0)
+    row = plots.interval_rows(plots.Intervals("a", "a", [dot], (0.0, 100.0), (0, 100), "%", reference="paper"))
+    assert 'aria-label="a: not run; paper: 75"' in row and row.count('<svg x="75.0%"') == row.count("<path") == 1
+    assert 'fill="none"' in row and 'stroke-width="2.5"' not in row  # no interval
 
 
 def test_losses_are_drawn_to_scale_and_upwards_is_larger():
