@@ -201,7 +201,11 @@ def name_log_probs_in_rows(
     starts, ends = jnp.repeat(lengths, names), jnp.tile(spelled_lengths, tasks)  # of each row's name
     places = starts[:, None] + jnp.arange(width)
     at = jnp.arange(tasks * names)[:, None]
-    rows = jnp.pad(jnp.repeat(openings, names, axis=0), ((0, 0), (0, width))).at[at, places].set(jnp.tile(spelled, (tasks, 1)))
+    rows = (
+        jnp.pad(jnp.repeat(openings, names, axis=0), ((0, 0), (0, width)))
+        .at[at, places]
+        .set(jnp.tile(spelled, (tasks, 1)))
+    )
     positions = jnp.broadcast_to(jnp.arange(time + width), rows.shape)
     segments = (positions < (starts + ends)[:, None]).astype(jnp.int32)
     hidden, _ = decoder.apply(config, params, {}, rows, positions, segments)

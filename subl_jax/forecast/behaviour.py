@@ -111,7 +111,9 @@ def _pushed(config: ModelConfig, biased: tuple[int, ...], neutral: tuple[int, ..
     @jax.jit
     def pushed(trainable: Any, change: Any, frozen: Any, asked: Asked) -> tuple[Array, Array, Array]:
         probes = Probes(asked, (), biased, neutral, ())
-        value, gradient = jax.value_and_grad(lambda params: jnp.mean(log_odds(config, params, frozen, probes)))(trainable)
+        value, gradient = jax.value_and_grad(lambda params: jnp.mean(log_odds(config, params, frozen, probes)))(
+            trainable
+        )
         gradient, change = (jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree) for tree in (gradient, change))
         return value, optax.tree.vdot(gradient, change), optax.tree.norm(gradient)
 

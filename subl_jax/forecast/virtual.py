@@ -51,7 +51,9 @@ class VirtualConfig:
             if getattr(self, name) < low:
                 raise AuditError(f"{name}={getattr(self, name)}; it must be at least {low}")
         if self.steps % self.every:
-            raise AuditError(f"steps={self.steps} is no multiple of every={self.every}; choose one, e.g. {self.every * 4}")
+            raise AuditError(
+                f"steps={self.steps} is no multiple of every={self.every}; choose one, e.g. {self.every * 4}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,12 @@ def virtual_runs(
 
 
 def _run(
-    candidate: Candidate, probes: Probes, spec: VirtualConfig, source: BatchSource, first: int, advance: Callable[[], None]
+    candidate: Candidate,
+    probes: Probes,
+    spec: VirtualConfig,
+    source: BatchSource,
+    first: int,
+    advance: Callable[[], None],
 ) -> VirtualRun:
     student, teacher, config = candidate.start, candidate.teacher, candidate.config
     adapted = student.config.lora is not None

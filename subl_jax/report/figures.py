@@ -23,7 +23,7 @@ from subl_jax.report import html, panels, plots
 from subl_jax.report.page import ReportError
 from subl_jax.report.style import light_colours
 
-Drawing = plots.Intervals | plots.Bars | plots.Lines
+Drawing = plots.Intervals | plots.Bars | plots.Lines | plots.Points
 
 _WIDTH = 7.5  # inches
 _ROW = 0.34  # inches of a row
@@ -113,7 +113,8 @@ def table(drawing: Drawing) -> list[list[Any]]:
     if isinstance(drawing, plots.Bars):
         header = ["label", f"count ({drawing.unit})", "share of the whole (%)"]
         return [header, *([label, value, 100 * value / max(drawing.whole, 1)] for label, value, _ in drawing.bars)]
-    header = ["line", "seed", drawing.x_label, drawing.title]
+    y_label = drawing.y_label if isinstance(drawing, plots.Points) else drawing.title
+    header = ["line", "seed", drawing.x_label, y_label]
     points = [
         [line.label, "" if line.seed is None else line.seed, x, y]
         for line in drawing.series
@@ -144,6 +145,9 @@ def draw(drawing: Drawing) -> Figure:
     if isinstance(drawing, plots.Lines):
         figure, axes = _canvas(drawing.title, 4.2, colours)
         _lines(axes, drawing, colours)
+    elif isinstance(drawing, plots.Points):
+        figure, axes = _canvas(drawing.title, 5.2, colours)
+        _points(axes, drawing, colours)
     else:
         rows = len(drawing.dots if isinstance(drawing, plots.Intervals) else drawing.bars)
         figure, axes = _canvas(drawing.title, 1.1 + _ROW * rows, colours)
@@ -231,3 +235,24 @@ def _lines(axes: Axes, drawing: plots.Lines, colours: Mapping[str, str]) -> None
         named.add(line.label)
     if named:
         axes.legend(frameon=False, labelcolor=colours["ink"])
+
+
+# Marks of series that share a colour, one after the other.
+_MARKS = "os^Dv<>P*X"
+
+
+def _points(axes: Axes, drawing: plots.Points, colours: Mapping[str, str]) -> None:
+    axes.grid(color=colours["grid"], linewidth=0.8)
+    axes.set_xlabel(_plain(drawing.x_label), color=colours["soft"])
+    axes.set_ylabel(_plain(drawing.y_label), color=colours["soft"])
+    for draw_line in (axes.axhline, axes.axvline):
+        draw_line(0, color=colours["line"], linewidth=0.8, zorder=0)
+    marks: dict[str, str] = {}
+    for line in drawing.series:
+        kind = line.label.rpartition(", ")[0] or line.label
+        mark = marks.setdefault(kind, _MARKS[len(marks) % len(_MARKS)])
+        axes.plot(
+            line.x, line.y, mark, color=colours[line.colour], markersize=4.5, alpha=0.85, linestyle="",
+            label=_plain(line.label),
+        )  # fmt: skip
+    axes.legend(frameon=False, labelcolor=colours["ink"], fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
