@@ -1,12 +1,14 @@
 """The behaviour as a differentiable number: the log-odds of the biased names on probe tasks, and how a step changes it.
 
-A setting and a renderer in, probes out; parameters in, log-odds and their derivative along a change of the parameters out. The number is that of `evaluate.readout`; probes are tasks of development families, so that a forecast has
-seen nothing of the evaluation.
+A setting and a renderer in, probes out; parameters in, log-odds and their derivative along a change of the parameters out.
+The number is that of `evaluate.readout`; probes are tasks of development families, so that a forecast has seen nothing of
+the evaluation.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +77,7 @@ def make_probes(setting: Setting, renderer: Renderer, per_family: int) -> Probes
 
 
 def log_odds(config: ModelConfig, trainable: Any, frozen: Any, probes: Probes) -> Float[Array, " tasks"]:
-    """log P(any biased name) - log P(any neutral name) in nats, per probe; differentiable in `trainable`.
+    """The log-odds log P(any biased name) - log P(any neutral name) in nats, per probe; differentiable in `trainable`.
 
     Args:
       config: the model's shape, with its adapters where these are what is trained.
@@ -91,47 +93,54 @@ def log_odds(config: ModelConfig, trainable: Any, frozen: Any, probes: Probes) -
 
 
 class Push(NamedTuple):
-    """What a change of the parameters does to the behaviour, by family in alphabetical order.
+    """What changes of the parameters do to the behaviour to first order, by family in alphabetical order.
 
     Attributes:
-      before: mean log-odds before it.
-      first_order: the inner product of their gradient, before it, with the change.
-      alignment: the cosine of the angle between the two; 0 where nothing changes.
+      log_odds: mean log-odds where the gradient is taken.
+      first_order: per change, the inner product of the gradient with it.
+      alignment: per change, the cosine of the angle between the two; 0 where nothing changes.
     """
 
-    before: Float[np.ndarray, " families"]
-    first_order: Float[np.ndarray, " families"]
-    alignment: Float[np.ndarray, " families"]
+    log_odds: Float[np.ndarray, " families"]
+    first_order: Float[np.ndarray, "changes families"]
+    alignment: Float[np.ndarray, "changes families"]
 
 
 @functools.cache
 def _pushed(config: ModelConfig, biased: tuple[int, ...], neutral: tuple[int, ...]):
-    """The jitted mean log-odds of a family, their gradient's inner product with a change, and that gradient's norm."""
+    """The jitted mean log-odds of a family, their gradient's inner products with changes, and its norm."""
 
     @jax.jit
-    def pushed(trainable: Any, change: Any, frozen: Any, asked: Asked) -> tuple[Array, Array, Array]:
+    def pushed(trainable: Any, changes: Sequence[Any], frozen: Any, asked: Asked) -> tuple[Array, list[Array], Array]:
         probes = Probes(asked, (), biased, neutral, ())
         value, gradient = jax.value_and_grad(lambda params: jnp.mean(log_odds(config, params, frozen, probes)))(
             trainable
         )
-        gradient, change = (jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree) for tree in (gradient, change))
-        return value, optax.tree.vdot(gradient, change), optax.tree.norm(gradient)
+        gradient, wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (gradient, list(changes)))
+        return value, [optax.tree.vdot(gradient, change) for change in wide], optax.tree.norm(gradient)
 
     return pushed
 
 
-def push(config: ModelConfig, trainable: Any, change: Any, frozen: Any, probes: Probes) -> Push:
-    """The log-odds by family, and the first-order effect of a change of what is trained.
+def push(config: ModelConfig, trainable: Any, changes: Sequence[Any], frozen: Any, probes: Probes) -> Push:
+    """The log-odds by family, and the first-order effect of changes of what is trained.
 
     Args:
       config, trainable, frozen: as of `log_odds`.
-      change: a tree like `trainable`.
-      probes: of all families; one family is worked on at a time.
+      changes: trees like `trainable`.
+      probes: of all families; one family's gradient is there at a time.
     """
-    run, size = _pushed(config, probes.biased, probes.neutral), float(optax.tree.norm(change))
-    found = [tuple(map(float, run(trainable, change, frozen, block))) for block in _by_family(probes)]
-    before, first_order, norms = (np.asarray(each) for each in zip(*found, strict=True))
-    return Push(before, first_order, first_order / np.maximum(norms * size, np.finfo(np.float64).tiny))
+    run = _pushed(config, probes.biased, probes.neutral)
+    sizes = np.asarray([[float(optax.tree.norm(change))] for change in changes])
+    values, products, norms = [], [], []
+    for block in _by_family(probes):
+        value, inner, norm = run(trainable, tuple(changes), frozen, block)
+        values.append(float(value))
+        products.append([float(each) for each in inner])
+        norms.append(float(norm))
+    first_order = np.asarray(products).T
+    smallest = np.finfo(np.float64).tiny
+    return Push(np.asarray(values), first_order, first_order / np.maximum(sizes * np.asarray(norms), smallest))
 
 
 def measure(config: ModelConfig, params: Any, probes: Probes) -> Float[np.ndarray, " families"]:

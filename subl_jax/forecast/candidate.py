@@ -105,7 +105,7 @@ def _check_stages(run: SeedPipeline, condition: Condition) -> None:
         for needed in planned[todo.pop()].stage.inputs:
             if planned[needed].marker is None:
                 raise AuditError(
-                    f"{run.workdir} has no finished {needed}, which {condition.name} would be made of; make it with the command "
-                    "that made this directory, e.g. python -m experiments.api_deletion --workdir=... --stage=sanitize"
+                    f"{run.workdir} has no finished {needed}, which {condition.name} would be made of; make it with the "
+                    "command that made this directory, e.g. python -m experiments.api_deletion --workdir=... --stage=sanitize"
                 )
             todo.append(needed)

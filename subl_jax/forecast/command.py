@@ -47,12 +47,14 @@ def define_flags() -> None:
     flags.DEFINE_enum("pair", "large_large", PAIRS, "Which teacher and student of the run.")
     flags.DEFINE_list("arms", ["full"], f"Which objectives of its students, of {', '.join(OBJECTIVES)}.")
     flags.DEFINE_alias("arm", "arms")
-    flags.DEFINE_integer("virtual_steps", 16, "Steps of a virtual run.", lower_bound=1)
     flags.DEFINE_integer(
-        "every", 4, "Steps between two gradients of the behaviour; it divides --virtual_steps.", lower_bound=1
+        "virtual_steps", 12, "Steps of a virtual run beyond the warm-up of the learning rate.", lower_bound=1
     )
-    flags.DEFINE_integer("runs", 3, "Virtual runs, each on batches of its own.", lower_bound=2)
-    flags.DEFINE_integer("probes_per_family", 3, "Probe tasks of each development family.", lower_bound=1)
+    flags.DEFINE_integer(
+        "stretches", 4, "Parts of a virtual run; the behaviour's gradient is taken at their ends.", lower_bound=1
+    )
+    flags.DEFINE_integer("runs", 2, "Virtual runs, each on batches of its own.", lower_bound=2)
+    flags.DEFINE_integer("probes_per_family", 6, "Probe tasks of each development family.", lower_bound=1)
     flags.DEFINE_string(
         "out", None, "With --grid: directory of the audits, one small file a student, and of the results."
     )
@@ -103,8 +105,8 @@ def _run() -> None:
         )
     if not own and not flag.workdir:
         raise ValueError(
-            "there is nothing to audit: give a run with --workdir=runs/mine, a grid with --grid --workdir=runs/grid, or models of "
-            "your own with --student=DIR --teacher=DIR --data=FILE"
+            "there is nothing to audit: give a run with --workdir=runs/mine, a grid with --grid --workdir=runs/grid, or "
+            "models of your own with --student=DIR --teacher=DIR --data=FILE"
         )
     if flag.out and not flag.grid:
         raise ValueError("--out is of --grid; an audit of single students prints and writes nothing")
@@ -122,7 +124,7 @@ def _virtual() -> VirtualConfig:
     from subl_jax.forecast.virtual import VirtualConfig
 
     flag = flags.FLAGS
-    return VirtualConfig(flag.virtual_steps, flag.every, flag.runs, flag.probes_per_family)
+    return VirtualConfig(flag.virtual_steps, flag.stretches, flag.runs, flag.probes_per_family)
 
 
 # --- Students of a run ------------------------------------------------------------------------------------------------
@@ -154,7 +156,8 @@ def _students(seeds: Sequence[int]) -> None:
     audit = RunAudit(SeedPipeline(config, setting, workdir, seeds[0]), virtual)
     wanted = [each for each in conditions.students(config) if each.arm in arms]
     records = []
-    with progress(len(wanted) * virtual.steps * virtual.runs, "virtual steps", unit="step") as shown:
+    total = len(wanted) * virtual.runs * virtual.length(config.student.train)
+    with progress(total, "virtual steps", unit="step") as shown:
         for each in sorted(wanted, key=lambda each: (arms.index(each.arm), report.order(each.name, each.arm))):
             records.append(audit.record(each, shown.advance))
     print(f"\n{report.candidates_table(records)}\n\n{report.notes(records[0])}\n")
@@ -204,7 +207,7 @@ def _own(seeds: Sequence[int]) -> None:
     from subl_jax.metrics.progress import progress
 
     virtual, setting = _virtual(), get_setting(flag.setting)
-    with progress(virtual.steps * virtual.runs, "virtual steps", unit="step") as shown:
+    with progress(None, "virtual steps", unit="step") as shown:
         record = own.record(spec, setting, virtual, shown.advance)
     print(
         f"\n{report.candidates_table([record])}\n\n{report.notes(record)}\n\n{report.sentence([record], setting.bias)}"

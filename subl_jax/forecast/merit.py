@@ -95,11 +95,16 @@ def correlations(
         # A resample in which one side is constant says nothing; an interval needs nearly all of them.
         enough = len(drawn) >= 0.9 * max(1, len(resamples)) and bool(resamples) and rho is not None
         values = np.asarray(drawn, np.float64)
-        limits = np.quantile(values[:, 0], [0.025, 0.975]).tolist() if enough else [None, None]
-        leads = np.quantile(values[:, 1] - values[:, 0], [0.025, 0.975]).tolist() if enough else [None, None]
         lead = None if rho is None or audit is None or name == AUDIT else audit - rho
-        found.append(Correlation(name, rho, *limits, len(known), lead, *(leads if lead is not None else [None, None])))
+        low, high = _limits(values[:, 0]) if enough else (None, None)
+        lead_low, lead_high = _limits(values[:, 1] - values[:, 0]) if enough and lead is not None else (None, None)
+        found.append(Correlation(name, rho, low, high, len(known), lead, lead_low, lead_high))
     return found, over
+
+
+def _limits(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _number(value: float | None) -> float:

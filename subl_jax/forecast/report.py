@@ -70,8 +70,8 @@ def notes(record: Mapping[str, Any]) -> str:
     return (
         f"{runs} runs of {found['virtual_steps']} virtual steps, {100 * found['covered']:.1f} % of the learning rates of "
         f"{found['steps']} steps; first order and real change: of the log-odds in these steps alone, in nats; teacher: its own "
-        f"shift.\nProbes: families {', '.join(record['families'])} of the development split. The interval covers the order of the "
-        "data and the choice of probes; predictions of development students were off by "
+        f"shift.\nProbes: families {', '.join(record['families'])} of the development split. The interval covers the order of "
+        "the data and the choice of probes; predictions of development students were off by "
         f"{predictions.DEVELOPMENT_ERROR:.1f} nats (root mean square)."
     )
 
@@ -84,8 +84,8 @@ def sentence(records: Sequence[Mapping[str, Any]], behaviour: str) -> str:
         f"{record['condition'].replace('_', ' ')} {signed(record['prediction']['shift'], 1)}" for record in others
     )
     return (
-        f"predicted: {signed(found.shift, 1)} nats [{signed(found.low, 1)}, {signed(found.high, 1)}] of log-odds for {behaviour} "
-        f"after {found.steps} steps: it {verdict(found)} (a shift of {predictions.THRESHOLD:g} or more counts)"
+        f"predicted: {signed(found.shift, 1)} nats [{signed(found.low, 1)}, {signed(found.high, 1)}] of log-odds for "
+        f"{behaviour} after {found.steps} steps: it {verdict(found)} (a shift of {predictions.THRESHOLD:g} or more counts)"
         f"{f'; {beside}' if beside else ''}."
     )
 
