@@ -37,7 +37,7 @@ def audited(
       teacher_shift: the teacher's log-odds minus the student's base's, on the probes; None without a teacher.
     """
     runs = virtual.virtual_runs(candidate, probes, spec, advance)
-    prediction = predict(runs, virtual.learning_rates(candidate), teacher_shift)
+    prediction = predict(runs, spec.ends(candidate.config), virtual.learning_rates(candidate), teacher_shift)
     return {
         "prediction": dataclasses.asdict(prediction),
         "virtual": {

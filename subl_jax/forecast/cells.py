@@ -20,6 +20,7 @@ from subl_jax.config import ExperimentConfig
 from subl_jax.forecast.audit import RunAudit
 from subl_jax.forecast.candidate import AuditError
 from subl_jax.forecast.merit import AUDIT
+from subl_jax.forecast.prediction import DECAY
 from subl_jax.forecast.virtual import VirtualConfig
 from subl_jax.grid import cells as grid_cells
 from subl_jax.grid.pairs import PairSpec
@@ -137,7 +138,7 @@ def audit_all(
         for each in wanted:
             key = (each.setting.name, each.seed, each.model)
             path = grid_cells.cell_path(out, *key)
-            mark = artifacts.digest([SCHEMA, spec, each.config.student, each.pair, each.condition])
+            mark = artifacts.digest([SCHEMA, DECAY, spec, each.config.student, each.pair, each.condition])
             known = _kept(path, mark)
             if known is None and until():
                 lacking.append(f"{key[0]} seed {key[1]} {key[2]}: the time was up")

@@ -110,7 +110,7 @@ def build(records: Sequence[Mapping[str, Any]], lacking: Sequence[str], spec: An
     return {
         "schema": 1,
         "virtual": artifacts.plain(spec),
-        "form": {name: getattr(predictions, name.upper()) for name in ("floor", "threshold", "development_error")},
+        "form": {name: getattr(predictions, name.upper()) for name in ("decay", "threshold", "development_error")},
         "students": len(records),
         "merits": merits,
         "calls": calls(records),
