@@ -82,8 +82,8 @@ def predict(
     shares = total[[0, *ends]] / total[-1]
     if not shares[-1] > shares[-2]:
         raise ValueError(
-            f"the learning rate of the last virtual steps (up to step {ends[-1]}) is 0, at the foot of the warm-up; take more of "
-            "them (--virtual_steps), or fewer stretches (--stretches)"
+            f"the learning rate of the last virtual steps (up to step {ends[-1]}) is 0, at the foot of the warm-up; take more "
+            "of them (--virtual_steps), or fewer stretches (--stretches)"
         )
     first = np.stack([run.first_order for run in runs])  # [runs, stretches, families]
 
