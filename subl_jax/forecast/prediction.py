@@ -125,10 +125,10 @@ def extrapolated(
     rate = contributions[..., -1] / (shares[-1] - shares[-2])
     more = rate * DECAY * -np.expm1(-(1 - shares[-1]) / DECAY)
     if teacher_shift is None:
-        return done + more
+        return np.asarray(done + more)
     left = teacher_shift - done
     heading = more * left > 0
-    return done + np.where(heading, left * -np.expm1(-more / np.where(heading, left, 1.0)), more)
+    return np.asarray(done + np.where(heading, left * -np.expm1(-more / np.where(heading, left, 1.0)), more))
 
 
 def verdict(prediction: Prediction) -> str:
