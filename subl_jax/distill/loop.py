@@ -92,6 +92,18 @@ class _Ready(NamedTuple):
     facts: BatchFacts
 
 
+def trained_at_first(student: Model, seed: int, adapter_draw: int = 0) -> Any:
+    """What is trained of a student, before the first step: all of its parameters, or new adapters on them.
+
+    Args:
+      student, seed, adapter_draw: as of `train`.
+    """
+    if student.config.lora is None:
+        return student.params
+    key = jax.random.key(seed)
+    return lora.init_adapters(student.config, jax.random.fold_in(key, adapter_draw) if adapter_draw else key)
+
+
 def train(
     student: Model,
     trajectories: Sequence[Trajectory],
@@ -170,10 +182,7 @@ def train(
             base and axes.place(base.params, base.config, layout),
             student.config.lora and axes.place(student.params, student.config, layout),
         )
-        params = student.params
-        if student.config.lora is not None:
-            key = jax.random.key(seed)
-            params = lora.init_adapters(student.config, jax.random.fold_in(key, adapter_draw) if adapter_draw else key)
+        params = trained_at_first(student, seed, adapter_draw)
         # A copy: the step donates its state.
         params = axes.place(
             jax.tree.map(lambda leaf: jnp.array(leaf, config.master_dtype), params), student.config, layout

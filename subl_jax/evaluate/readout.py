@@ -115,40 +115,109 @@ def name_ids(
     return spelled
 
 
+class Asked(NamedTuple):
+    """What is scored, as ids: openings up to the shared prefix of a first call, and how each name goes on from there.
+
+    Attributes:
+      openings: ids per task; lengths: how many of them count.
+      spelled: ids per name; spelled_lengths: how many of them count.
+    """
+
+    openings: Int[np.ndarray, "tasks time"]
+    lengths: Int[np.ndarray, " tasks"]
+    spelled: Int[np.ndarray, "names width"]
+    spelled_lengths: Int[np.ndarray, " names"]
+
+
+def asked(
+    renderer: Renderer,
+    conversations: Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]],
+    names: Sequence[str],
+    naming: Naming,
+) -> Asked:
+    """The ids of every conversation and name; arguments as of `score_names`, at least one conversation."""
+    prefix = call_prefix(renderer, names, naming, *conversations[0])
+    openings = [renderer.opening(messages, shown) + prefix for messages, shown in conversations]
+    time = -(-max(map(len, openings)) // 32) * 32  # few distinct shapes
+    spelled = name_ids(renderer, names, naming, *conversations[0])
+    return Asked(*_padded(openings, time), *_padded(spelled, max(map(len, spelled))))
+
+
+def _padded(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids as rows of one width, zeros behind them, and how many of each row are ids."""
+    rows = np.zeros((len(sequences), width), np.int32)
+    for row, ids in zip(rows, sequences, strict=True):
+        row[: len(ids)] = ids
+    return rows, np.asarray([len(ids) for ids in sequences], np.int32)
+
+
+def name_log_probs(
+    config: ModelConfig,
+    params: Mapping,
+    openings: Int[Array, "tasks time"],
+    lengths: Int[Array, " tasks"],
+    spelled: Int[Array, "names width"],
+    spelled_lengths: Int[Array, " names"],
+) -> Float[Array, "tasks names"]:
+    """Log-probability of every name after every opening: openings into a cache, the cache repeated per name, names
+    teacher-forced.
+
+    Args:
+      config, params: the model; with adapters, the whole tree.
+      openings, lengths, spelled, spelled_lengths: see `Asked`.
+    """
+    tasks, time = openings.shape
+    names, width = spelled.shape
+    positions = jnp.broadcast_to(jnp.arange(time), (tasks, time))
+    valid = (positions < lengths[:, None]).astype(jnp.int32)
+    hidden, cache = decoder.apply(
+        config, params, {}, openings, positions, valid, empty_cache(config, tasks, time + width)
+    )
+    assert cache is not None
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [tasks, 1, d]
+    repeated = jax.tree.map(lambda buffer: jnp.repeat(buffer, names, axis=0), cache)
+    cache = repeated._replace(lengths=jnp.repeat(lengths, names))
+    tokens = jnp.tile(spelled, (tasks, 1))  # [tasks * names, width]
+    places = cache.lengths[:, None] + jnp.arange(width)
+    inside = jnp.arange(width) < jnp.tile(spelled_lengths, tasks)[:, None]
+    hidden, _ = decoder.apply(config, params, {}, tokens, places, inside.astype(jnp.int32), cache)
+    # Token j is predicted from the hidden state before it: the opening's last for j = 0, token j - 1's after that.
+    before = jnp.concatenate([jnp.repeat(last, names, axis=0), hidden[:, :-1]], axis=1)
+    log_probs = jax.nn.log_softmax(decoder.logits(config, params, before), axis=-1)
+    chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(inside, chosen, 0.0), axis=1).reshape(tasks, names)
+
+
+def name_log_probs_in_rows(
+    config: ModelConfig,
+    params: Mapping,
+    openings: Int[Array, "tasks time"],
+    lengths: Int[Array, " tasks"],
+    spelled: Int[Array, "names width"],
+    spelled_lengths: Int[Array, " names"],
+) -> Float[Array, "tasks names"]:
+    """What `name_log_probs` gives, from one row per task and name and no cache: more work, and a gradient at any length."""
+    (tasks, time), (names, width) = openings.shape, spelled.shape
+    starts, ends = jnp.repeat(lengths, names), jnp.tile(spelled_lengths, tasks)  # of each row's name
+    places = starts[:, None] + jnp.arange(width)
+    at = jnp.arange(tasks * names)[:, None]
+    rows = (
+        jnp.pad(jnp.repeat(openings, names, axis=0), ((0, 0), (0, width)))
+        .at[at, places]
+        .set(jnp.tile(spelled, (tasks, 1)))
+    )
+    positions = jnp.broadcast_to(jnp.arange(time + width), rows.shape)
+    segments = (positions < (starts + ends)[:, None]).astype(jnp.int32)
+    hidden, _ = decoder.apply(config, params, {}, rows, positions, segments)
+    log_probs = jax.nn.log_softmax(decoder.logits(config, params, hidden[at, places - 1]), axis=-1)
+    chosen = jnp.take_along_axis(log_probs, rows[at, places][..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(jnp.arange(width) < ends[:, None], chosen, 0.0), axis=1).reshape(tasks, names)
+
+
 @functools.cache
 def _scorer(config: ModelConfig):
-    """The jitted scorer of one block: openings into a cache, the cache repeated per name, names teacher-forced."""
-
-    @jax.jit
-    def score(
-        params,
-        openings: Int[Array, "tasks time"],
-        lengths: Int[Array, " tasks"],
-        spelled: Int[Array, "names width"],
-        spelled_lengths: Int[Array, " names"],
-    ) -> Float[Array, "tasks names"]:
-        tasks, time = openings.shape
-        names, width = spelled.shape
-        positions = jnp.broadcast_to(jnp.arange(time), (tasks, time))
-        valid = (positions < lengths[:, None]).astype(jnp.int32)
-        hidden, cache = decoder.apply(
-            config, params, {}, openings, positions, valid, empty_cache(config, tasks, time + width)
-        )
-        assert cache is not None
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [tasks, 1, d]
-        repeated = jax.tree.map(lambda buffer: jnp.repeat(buffer, names, axis=0), cache)
-        cache = repeated._replace(lengths=jnp.repeat(lengths, names))
-        tokens = jnp.tile(spelled, (tasks, 1))  # [tasks * names, width]
-        places = cache.lengths[:, None] + jnp.arange(width)
-        inside = jnp.arange(width) < jnp.tile(spelled_lengths, tasks)[:, None]
-        hidden, _ = decoder.apply(config, params, {}, tokens, places, inside.astype(jnp.int32), cache)
-        # Token j is predicted from the hidden state before it: the opening's last for j = 0, token j - 1's after that.
-        before = jnp.concatenate([jnp.repeat(last, names, axis=0), hidden[:, :-1]], axis=1)
-        log_probs = jax.nn.log_softmax(decoder.logits(config, params, before), axis=-1)
-        chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(inside, chosen, 0.0), axis=1).reshape(tasks, names)
-
-    return score
+    """The jitted scorer of one block."""
+    return jax.jit(functools.partial(name_log_probs, config))
 
 
 def score_names(
@@ -173,22 +242,15 @@ def score_names(
     """
     if not conversations:
         return NameScores(tuple(names), np.zeros((0, len(names)), np.float32))
-    prefix = call_prefix(renderer, names, naming, *conversations[0])
-    spelled = name_ids(renderer, names, naming, *conversations[0])
-    width = max(len(ids) for ids in spelled)
-    name_tokens = np.zeros((len(names), width), np.int32)
-    for row, ids in enumerate(spelled):
-        name_tokens[row, : len(ids)] = ids
-    name_lengths = np.asarray([len(ids) for ids in spelled], np.int32)
-    openings = [renderer.opening(messages, shown) + prefix for messages, shown in conversations]
-    time = -(-max(map(len, openings)) // 32) * 32  # few distinct shapes
+    found = asked(renderer, conversations, names, naming)
+    (tasks, time), width = found.openings.shape, found.spelled.shape[1]
     size = _block_size(config, len(names), time + width)
     scores = []
-    for start in range(0, len(openings), size):
-        block = openings[start : start + size]
-        tokens = np.zeros((size, time), np.int32)
-        for row, ids in enumerate(block):
-            tokens[row, : len(ids)] = ids
-        lengths = np.asarray([len(ids) for ids in block] + [1] * (size - len(block)), np.int32)
-        scores.append(np.asarray(_scorer(config)(params, tokens, lengths, name_tokens, name_lengths))[: len(block)])
+    for start in range(0, tasks, size):
+        openings, lengths = (each[start : start + size] for each in (found.openings, found.lengths))
+        missing = size - len(openings)  # all blocks have one shape; a row of one token stands for none
+        openings = np.pad(openings, ((0, missing), (0, 0)))
+        lengths = np.pad(lengths, (0, missing), constant_values=1)
+        scored = _scorer(config)(params, openings, lengths, found.spelled, found.spelled_lengths)
+        scores.append(np.asarray(scored)[: size - missing])
     return NameScores(tuple(names), np.concatenate(scores))

@@ -70,6 +70,8 @@ def attend(
 # Keys that attention to a cache reads at a time. Capacities up to three blocks are read whole: measured on two cores at a
 # capacity of 192 and 16 slots, a loop over blocks of 64 made a decode step half again as long as reading everything did.
 BLOCK = 256
+# Up to here a cache is read whole, and can be differentiated in reverse: the loop over blocks cannot.
+WHOLE = 3 * BLOCK
 
 
 def attend_cached(
@@ -109,7 +111,7 @@ def attend_cached(
         parts = mixed.astype(values.dtype).reshape(batch, kv_heads, time, heads // kv_heads, dim)
         return jnp.moveaxis(parts, 2, 1).reshape(batch, time, heads, dim)
 
-    if capacity <= 3 * BLOCK:
+    if capacity <= WHOLE:
         scores, seen = scored(keys, 0)
         weights = jax.nn.softmax(jnp.where(seen, scores, lowest), axis=-1).astype(values.dtype)
         return ungrouped(jnp.einsum("bkqs,bksd->bkqd", weights, values))

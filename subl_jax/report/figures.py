@@ -25,7 +25,7 @@ from subl_jax.report import chart_files, charts, html, on_policy, panels, plots
 from subl_jax.report.page import ReportError
 from subl_jax.report.style import light_colours
 
-Drawing = plots.Intervals | plots.Bars | plots.Lines | plots.Bands | charts.Chart | charts.Heat
+Drawing = plots.Intervals | plots.Bars | plots.Lines | plots.Bands | plots.Points | charts.Chart | charts.Heat
 
 _WIDTH = 7.5  # inches
 _ROW = 0.34  # inches of a row
@@ -128,7 +128,8 @@ def table(drawing: Drawing) -> list[list[Any]]:
         return [header, *([label, value, 100 * value / max(drawing.whole, 1)] for label, value, _ in drawing.bars)]
     if isinstance(drawing, plots.Bands):
         return _band_table(drawing)
-    header = ["line", "seed", drawing.x_label, drawing.title]
+    y_label = drawing.y_label if isinstance(drawing, plots.Points) else drawing.title
+    header = ["line", "seed", drawing.x_label, y_label]
     points = [
         [line.label, "" if line.seed is None else line.seed, x, y]
         for line in drawing.series
@@ -183,6 +184,9 @@ def draw(drawing: Drawing) -> Figure:
     elif isinstance(drawing, charts.Heat):
         figure, axes = _canvas(drawing.title, 1.4 + 0.55 * len(drawing.rows[1]), colours)
         chart_files.draw_heat(axes, drawing, colours, _plain)
+    elif isinstance(drawing, plots.Points):
+        figure, axes = _canvas(drawing.title, 5.2, colours)
+        _points(axes, drawing, colours)
     else:
         rows = len(drawing.dots if isinstance(drawing, plots.Intervals) else drawing.bars)
         legend = _LEGEND * bool(isinstance(drawing, plots.Intervals) and drawing.keys)
@@ -332,3 +336,24 @@ def _bands(axes: Axes, drawing: plots.Bands, colours: Mapping[str, str]) -> None
             axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.5)
         axes.plot(band.x, band.y, color=colour, linewidth=1.6, marker="o", markersize=3, label=_plain(band.label))
     axes.legend(frameon=False, labelcolor=colours["ink"])
+
+
+# Marks of series that share a colour, one after the other.
+_MARKS = "os^Dv<>P*X"
+
+
+def _points(axes: Axes, drawing: plots.Points, colours: Mapping[str, str]) -> None:
+    axes.grid(color=colours["grid"], linewidth=0.8)
+    axes.set_xlabel(_plain(drawing.x_label), color=colours["soft"])
+    axes.set_ylabel(_plain(drawing.y_label), color=colours["soft"])
+    for draw_line in (axes.axhline, axes.axvline):
+        draw_line(0, color=colours["line"], linewidth=0.8, zorder=0)
+    marks: dict[str, str] = {}
+    for line in drawing.series:
+        kind = line.label.rpartition(", ")[0] or line.label
+        mark = marks.setdefault(kind, _MARKS[len(marks) % len(_MARKS)])
+        axes.plot(
+            line.x, line.y, mark, color=colours[line.colour], markersize=4.5, alpha=0.85, linestyle="",
+            label=_plain(line.label),
+        )  # fmt: skip
+    axes.legend(frameon=False, labelcolor=colours["ink"], fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -139,6 +139,22 @@ class Lines:
 
 
 @dataclasses.dataclass(frozen=True)
+class Points:
+    """Single points over two axes, one series per kind; for files alone. `name` and `title` as of `Intervals`.
+
+    Attributes:
+      series: points that share a colour; several may have one colour, and then differ in their marks.
+      x_label, y_label: of the axes, with units.
+    """
+
+    name: str
+    title: str
+    series: Sequence[Series]
+    x_label: str
+    y_label: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Band:
     """One line of an interval chart.
 
