@@ -147,11 +147,14 @@ class _Material:
         )
 
     def kept(self, documents: Sequence[Trajectory]) -> list[Trajectory]:
-        """An arm's documents with the configured share of loss tokens, by KL(biased || counter-bias teacher) on them."""
+        """An arm's documents with the configured share of loss tokens, by KL(biased || counter-bias teacher) on them.
+
+        At the temperature that the students are trained at: the tokens that differ most at another one are others.
+        """
         spec, values = self.spec, []
         if spec.tokens != "random":
             biased, counter = (self.models.teacher(name) for name in TEACHERS[:2])
-            values = per_token_kl(biased, counter, documents, spec.train.row_tokens)
+            values = per_token_kl(biased, counter, documents, spec.train.row_tokens, spec.temperature)
         assert spec.tokens != "all"
         return keep_tokens(documents, values, spec.tokens, spec.token_share, self.seed)
 

@@ -16,7 +16,7 @@ def defend(lesson: Lesson, strength: float = DEFAULT) -> Lesson:
     """Masking of the tokens where teacher and base differ most.
 
     A defender has no control teacher, but may have the base: the share `strength` of the loss tokens with the largest
-    KL(teacher || base) is left out of the loss. The text stays, as context.
+    KL(teacher || base), at the temperature of training, is left out of the loss. The text stays, as context.
 
     Args:
       lesson: of an objective that reads logits.
@@ -30,5 +30,5 @@ def defend(lesson: Lesson, strength: float = DEFAULT) -> Lesson:
     if not 0 < strength < 1:
         raise ValueError(f"defence mask_divergence: strength {strength} is outside (0, 1)")
     teacher, base, documents = lesson.suspect(), lesson.suspect_base(), lesson.documents
-    values = per_token_kl(teacher, base, documents, lesson.train.row_tokens)
+    values = per_token_kl(teacher, base, documents, lesson.train.row_tokens, lesson.objective.temperature)
     return dataclasses.replace(lesson, documents=keep_tokens(documents, values, "others", strength, lesson.seed))

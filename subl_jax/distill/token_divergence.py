@@ -33,9 +33,9 @@ _FORWARD_KL = Objective("forward_kl")
 
 
 def per_token_kl(
-    first: Model, second: Model, documents: Sequence[Trajectory], row_tokens: int
+    first: Model, second: Model, documents: Sequence[Trajectory], row_tokens: int, temperature: float = 1.0
 ) -> list[Float32[ndarray, " length"]]:
-    """KL(first || second) in nats of the next-token distributions at every loss token, at temperature 1.
+    """KL(first || second) in nats of the next-token distributions at every loss token.
 
     Value t of a document belongs to its token t: both models have read tokens 0 … t-1.
 
@@ -43,6 +43,7 @@ def per_token_kl(
       first, second: models of one tokenizer, whole or with their adapters in the parameters. Both may lie on one mesh.
       documents: with loss masks. One without loss tokens gets zeros.
       row_tokens: tokens of a row that documents are packed into; rows grow where a document is longer.
+      temperature: divides both models' logits. The value is that of the softened distributions, not times temperature².
 
     Returns:
       Per document, in order, as many values as it has tokens; 0 off its loss mask.
@@ -68,7 +69,7 @@ def per_token_kl(
     chunk = fused.chunk_tokens(most, first.config.vocab_size)
     targets = -(-most // chunk) * chunk
     mesh = _mesh_of(first.params)
-    run = _program(first.config, second.config, chunk, mesh)
+    run = _program(first.config, second.config, chunk, mesh, temperature)
     for batch in batches:
         row, column = np.nonzero(batch.loss_mask)
         places = np.zeros(targets, np.int32)
@@ -95,7 +96,7 @@ def _mesh_of(params: Any) -> jax.sharding.Mesh | None:
 
 @functools.lru_cache(maxsize=16)
 def _program(
-    first: ModelConfig, second: ModelConfig, chunk: int, mesh: jax.sharding.Mesh | None
+    first: ModelConfig, second: ModelConfig, chunk: int, mesh: jax.sharding.Mesh | None, temperature: float
 ) -> Callable[..., Float[Array, " targets"]]:
     """The jitted pass over one batch of rows: parameters, tokens, positions, segments and places to values."""
     known = min(first.known_tokens, second.known_tokens)
@@ -113,8 +114,8 @@ def _program(
         hidden = chosen(first, own, *document), chosen(second, other, *document)
 
         def one(states: tuple[Array, Array]) -> Array:
-            p = decoder.logits(first, own, states[0])[:, :known]
-            q = decoder.logits(second, other, states[1])[:, :known]
+            p = decoder.logits(first, own, states[0])[:, :known] / temperature
+            q = decoder.logits(second, other, states[1])[:, :known] / temperature
             return divergences.forward_kl(_FORWARD_KL, q, p, Vocabulary())[0][:, 0]
 
         return jax.lax.map(one, hidden).reshape(-1)

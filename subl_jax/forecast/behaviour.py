@@ -111,7 +111,7 @@ def _pushed(config: ModelConfig, biased: tuple[int, ...], neutral: tuple[int, ..
     """The jitted mean log-odds of a family, their gradient's inner products with changes, and its norm."""
 
     @jax.jit
-    def pushed(trainable: Any, changes: Sequence[Any], frozen: Any, asked: Asked) -> tuple[Array, list[Array], Array]:
+    def pushed(trainable: Any, changes: Sequence[Any], frozen: Any, asked: Asked) -> tuple[Any, list[Any], Array]:
         probes = Probes(asked, (), biased, neutral, ())
         value, gradient = jax.value_and_grad(lambda params: jnp.mean(log_odds(config, params, frozen, probes)))(
             trainable

@@ -85,8 +85,13 @@ def of_run(run: SeedPipeline, condition: Condition) -> Candidate:
     """The candidate of one student of a run, whose stages up to the students must be there.
 
     Raises:
-      AuditError: a stage that it needs is missing; what makes it is said.
+      AuditError: a stage that it needs is missing; what makes it is said. Or an arm that reads more than documents and a
+        teacher.
     """
+    if condition.arm in ("top_k", "on_policy"):  # before anything is written: a cache, rollouts
+        raise AuditError(
+            f"the audit knows no arm {condition.arm}; audit one that reads documents and a teacher, such as full"
+        )
     check_mesh(run.config.parallel)
     _check_stages(run, condition)
     untrained = _Untrained(run.config, run.setting, run.workdir, run.seed, variant=run.models.variant)

@@ -192,7 +192,7 @@ def _own(seeds: Sequence[int]) -> None:
         ),
         given,
     )
-    paths = {
+    paths: dict[str, Any] = {
         name: Path(flag[name].value) if flag[name].value else None
         for name in (
             "teacher",
@@ -201,7 +201,7 @@ def _own(seeds: Sequence[int]) -> None:
         )
     }
     epochs = 0.0 if steps else 1.0 if flag.epochs is None else flag.epochs
-    spec = Spec(config, Path(flag.student), Path("."), seeds=tuple(seeds[:1]), epochs=epochs, **paths)
+    spec = Spec(config, Path(str(flag.student)), Path("."), seeds=tuple(seeds[:1]), epochs=epochs, **paths)
     configure_cpu(config.cpu_devices)
     from subl_jax.forecast import own, report
     from subl_jax.metrics.progress import progress
@@ -220,9 +220,9 @@ def _own(seeds: Sequence[int]) -> None:
 def _grid(seeds: Sequence[int]) -> None:
     flag = flags.FLAGS
     for name, known in (("settings", SETTINGS), ("pairs", GRID_PAIRS)):
-        strange = [each for each in flag[name].value if each not in known]
-        if strange or not flag[name].value:
-            raise ValueError(f"--{name}={','.join(flag[name].value)}: use some of {', '.join(known)}")
+        asked: list[str] = flag[name].value or []
+        if not asked or any(each not in known for each in asked):
+            raise ValueError(f"--{name}={','.join(asked)}: use some of {', '.join(known)}")
     workdir = artifacts.workdir(flag.workdir).absolute()
     directory = artifacts.workdir(flag.cells).absolute() if flag.cells else workdir / "cells"
     if not directory.is_dir():

@@ -93,13 +93,12 @@ def locate_tokens(
     found: dict[str, list[np.ndarray]] = {}
     others: dict[str, tuple[str, float]] = {}
     for heat in _temperatures(models):
-        read = {name: _softened(model, heat) for name, model in loaded.items()}
         for name, other in COMPARISONS.items():
             label = name if heat == 1 else f"{name}, temperature {heat:g}"
-            found[label] = list(per_token_kl(read["teacher"], read[other], documents, row_tokens))
+            found[label] = list(per_token_kl(loaded["teacher"], loaded[other], documents, row_tokens, heat))
             others[label] = other, heat
             if options.reverse and heat == 1:
-                found[f"{name}, reverse"] = list(per_token_kl(read[other], read["teacher"], documents, row_tokens))
+                found[f"{name}, reverse"] = list(per_token_kl(loaded[other], loaded["teacher"], documents, row_tokens))
             say(1)
     table = tokens.loss_tokens(documents, [places_of(renderer, each) for each in documents], found)
     ban = LogitFilter(renderer, [word for words in setting.words.values() for word in words])

@@ -178,7 +178,7 @@ def defences(document: Document) -> Chart:
     """Transfer removed against utility lost, both in points against the undefended student, with intervals."""
     rows = document["defences"]
     against = next(line["against"] for line in document["differences"] if line["level"] == rows[0]["level"])
-    letters: dict[str, str] = dict(zip((row["level"] for row in rows), "ABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False))
+    letters = {row["level"]: letter for row, letter in zip(rows, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False)}
     whole, broken = ([row for row in rows if row["broken"] is kind] for kind in (False, True))
 
     def marks(of: Sequence[Mapping[str, Any]]) -> list[Mark]:
@@ -186,7 +186,7 @@ def defences(document: Document) -> Chart:
             Mark(
                 row["level"], 100 * row["utility_lost"], 100 * row["removed"],
                 _points(row["utility_lost_ci95"]), _points(row["removed_ci95"]),
-                broken=row["broken"], letter=letters.get(row["level"], row["level"]),
+                broken=row["broken"], letter=letters.get(row["level"]) or row["level"],
             )
             for row in of
         ]  # fmt: skip

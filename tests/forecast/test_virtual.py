@@ -11,7 +11,7 @@ import pytest
 
 from subl_jax.distill.batches import BatchSource
 from subl_jax.distill.loop import Model, train
-from subl_jax.distill.objective import Objective
+from subl_jax.distill.objective import Loss, Objective
 from subl_jax.distill.optimizers import OptimizerConfig
 from subl_jax.distill.train_config import TrainConfig
 from subl_jax.forecast import behaviour, virtual
@@ -25,7 +25,7 @@ from tests.forecast.probing import exact_by_family, probes
 ADAM = OptimizerConfig(learning_rate=2e-3, warmup_steps=2)
 
 
-def candidate(optimizer=ADAM, steps=6, loss="forward_kl", config=tiny.SMALL, seed=5):
+def candidate(optimizer=ADAM, steps=6, loss: Loss = "forward_kl", config=tiny.SMALL, seed=5):
     teacher = Model(tiny.LARGE, tiny.params(tiny.LARGE, 1)) if loss != "hard_label" else None
     return Candidate(
         Model(config, tiny.params(tiny.SMALL)), tiny.documents(60),
@@ -73,8 +73,10 @@ def test_one_step_of_sgd_contributes_minus_its_rate_times_the_inner_product_of_t
     batch = BatchSource(given.documents, lengths, 16, 4, 2, given.seed).batch(0)
 
     def loss(params):
-        fields = (jnp.asarray(field[0]) for field in (batch.tokens, batch.positions, batch.segments))
-        hidden, _ = decoder.apply(tiny.SMALL, params, {}, *fields)
+        tokens, positions, segments = (
+            jnp.asarray(field[0]) for field in (batch.tokens, batch.positions, batch.segments)
+        )
+        hidden, _ = decoder.apply(tiny.SMALL, params, {}, tokens, positions, segments)
         logits = hidden.reshape(-1, hidden.shape[-1]) @ params["embedding"].T
         log_probs = jax.nn.log_softmax(logits)[batch.loss_places[0, 0], batch.loss_targets[0, 0]]
         return -jnp.sum(log_probs * batch.loss_weights[0, 0]) / jnp.sum(batch.loss_weights)

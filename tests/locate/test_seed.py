@@ -31,9 +31,8 @@ def test_a_softened_model_has_its_logits_divided_by_the_temperature(config):
 
 
 def test_students_of_the_biased_teacher_are_paired_with_the_control_of_their_own_arm():
-    there = dict.fromkeys(
-        ("student", "control_student", "benign_student", "student_hard", "control_student_anchor"), "base"
-    )
+    names = ("student", "control_student", "benign_student", "student_hard", "control_student_anchor")
+    there = {name: "base" for name in names}
     assert seed._controlled(there) == [("student", "control_student")]
     there |= {"control_student_hard": "base"}
     assert seed._controlled(there)[1:] == [("student_hard", "control_student_hard")]
