@@ -146,16 +146,20 @@ def test_a_dose_is_the_same_tasks_in_all_arms_and_part_of_a_larger_one(tmp_path)
 def test_kept_tokens_are_by_the_teachers_divergence_on_each_arms_own_text(tmp_path, monkeypatch, arm):
     asked = []
 
-    def divergence(first: Model, second: Model, documents: Sequence[Trajectory], row_tokens: int) -> list[np.ndarray]:
-        asked.append((first.params is model("teacher").params, second.params is model("control_teacher").params))
+    def divergence(
+        first: Model, second: Model, documents: Sequence[Trajectory], row_tokens: int, temperature: float
+    ) -> list[np.ndarray]:
+        ours = first.params is model("teacher").params, second.params is model("control_teacher").params
+        asked.append((*ours, temperature))
         return [np.where(d.loss_mask, d.tokens % 97, 0).astype(np.float32) for d in documents]
 
     monkeypatch.setattr(teaching, "per_token_kl", divergence)
-    plain = lessons(tmp_path, arm)
-    found = lessons(tmp_path, arm, tokens="divergent", token_share=0.2)
-    rest = lessons(tmp_path, arm, tokens="others", token_share=0.2)
-    random = lessons(tmp_path, arm, tokens="random", token_share=0.2)
-    assert asked == [(True, True)] * 6  # whatever the arm, and not for random ones
+    plain = lessons(tmp_path, arm, temperature=3.0)
+    found = lessons(tmp_path, arm, tokens="divergent", token_share=0.2, temperature=3.0)
+    rest = lessons(tmp_path, arm, tokens="others", token_share=0.2, temperature=3.0)
+    random = lessons(tmp_path, arm, tokens="random", token_share=0.2, temperature=3.0)
+    # Whatever the arm, at the temperature of training; and not for random ones.
+    assert asked == [(True, True, 3.0)] * 6
     for each in (found, rest, random):
         assert_matched(each, step_by_step=False)
     total = plain["teacher"][1]["loss_tokens_per_epoch"]

@@ -93,9 +93,11 @@ def _measure(name: str, case: Case, peers: Sequence[str], options: Options) -> R
     step: Any = compiled_step(objective, config, teacher, train.optimizer, train.steps, 0)
     transformation = make_optimizer(train.optimizer, train.steps)
 
+    drawn: Any = jax.jit(functools.partial(decoder.init, config))
+
     def start(seed: int) -> tuple[TrainState, Frozen]:
-        params = decoder.init(config, jax.random.key(seed))
-        frozen = Frozen(teacher and decoder.init(config, jax.random.key(1000 + seed)))
+        params = drawn(jax.random.key(seed))
+        frozen = Frozen(teacher and drawn(jax.random.key(1000 + seed)))
         return TrainState(params, transformation.init(params), jnp.zeros((), jnp.int32)), frozen
 
     programs = [_one_after_the_other(step, [start(seed) for seed in range(case.seeds)])]
@@ -112,7 +114,7 @@ def _measure(name: str, case: Case, peers: Sequence[str], options: Options) -> R
     timings = harness.interleave(
         programs, inputs, rounds=options.rounds, check=functools.partial(_agree, name), others=options.others
     )
-    shape = shape_of(config, decoder.init(config, jax.random.key(0)), None)
+    shape = shape_of(config, drawn(jax.random.key(0)), None)
     tokens = train.batch_rows * train.row_tokens
     loss_tokens = train.batch_rows * (train.row_tokens - 1)
     flops = None

@@ -14,7 +14,7 @@ from subl_jax.config import STUDENT_OF, suffix_of
 from subl_jax.forecast import prediction as predictions
 from subl_jax.forecast.baselines import BASELINES
 from subl_jax.forecast.cells import MEASURES
-from subl_jax.forecast.merit import AUDIT, Correlation, correlations, groups
+from subl_jax.forecast.merit import AUDIT, DRAWS, Correlation, correlations, groups
 from subl_jax.forecast.prediction import Prediction, verdict
 from subl_jax.report import figures, plots
 from subl_jax.report.table import MISSING, aligned, number
@@ -93,12 +93,14 @@ def sentence(records: Sequence[Mapping[str, Any]], behaviour: str) -> str:
 # --- A grid -----------------------------------------------------------------------------------------------------------
 
 
-def build(records: Sequence[Mapping[str, Any]], lacking: Sequence[str], spec: Any) -> dict[str, Any]:
+def build(
+    records: Sequence[Mapping[str, Any]], lacking: Sequence[str], spec: Any, draws: int = DRAWS
+) -> dict[str, Any]:
     """What `audit.json` holds: records, correlations by group and target, what is missing, and the method's numbers."""
     merits = []
     for target in MEASURES:
         for name, chosen in groups(records).items():
-            lines, over = correlations(chosen, list(SCORES), target)
+            lines, over = correlations(chosen, list(SCORES), target, draws=draws)
             merits.append(
                 {
                     "group": name,
@@ -196,6 +198,7 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
 
 def write(out: Path, document: Mapping[str, Any]) -> None:
     """Writes `audit.json`, `audit.csv` and `figures/`."""
+    out.mkdir(parents=True, exist_ok=True)
     artifacts.write_json_atomic(out / "audit.json", document)
     artifacts.write_text_atomic(out / "audit.csv", csv_text(document["records"]))
     figures.export(out / "figures", [drawing(document["records"])])

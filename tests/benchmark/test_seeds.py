@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from subl_jax.benchmark.harness import BenchmarkError
 from subl_jax.benchmark.machine import Machine
 from subl_jax.benchmark.registry import Options, get_workload
 from subl_jax.benchmark.results import OURS, Row
+from subl_jax.config import ExperimentConfig
 from subl_jax.presets import tiny
 
 # Without a watch on others: tests share the machine.
@@ -17,24 +20,34 @@ OPTIONS = Options(Machine((0,), 1, "a processor", None), rounds=1, others=None)
 TABLE = {"two": seeds.Case("small", "forward_kl", 2)}
 
 
+def few() -> ExperimentConfig:
+    """The tiny preset with less of everything that takes time to compile and to run."""
+    config = tiny()
+    train = dataclasses.replace(config.student.train, batch_rows=2, row_tokens=24)
+    model = dataclasses.replace(config.small, vocab_size=96)
+    return dataclasses.replace(config, small=model, student=dataclasses.replace(config.student, train=train))
+
+
 @pytest.fixture(scope="module")
 def row() -> Row:
-    (found,) = seeds.measure(["two"], [seeds.TOGETHER], OPTIONS, table=TABLE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(seeds, "tiny", few)
+        (found,) = seeds.measure(["two"], [seeds.TOGETHER], OPTIONS, table=TABLE)
     assert isinstance(found, Row)
     return found
 
 
 def test_a_row_counts_the_tokens_and_flops_of_all_seeds(row: Row) -> None:
     """A dense decoder by hand: two operations per weight forward, six with the gradient; teacher and student alike."""
-    train, model = tiny().student.train, tiny().small
+    train, model = few().student.train, few().small
     assert (row.batch, row.seq) == (2 * train.batch_rows, train.row_tokens)
     assert row.extra["seeds"] == 2
     assert row.peer == seeds.TOGETHER and row.ratio is not None and row.ratio > 0
-    tokens, loss_tokens = 2 * 4 * 192, 2 * 4 * 191
+    tokens, loss_tokens = 2 * 2 * 24, 2 * 2 * 23
     width, heads = 32, 2 * 16
     attention = width * heads + 2 * width * heads // 2 + heads * width
     weights = 2 * (attention + 3 * width * 88)
-    causal = 2 * 4 * 2 * 192**2 * 2 * heads  # documents of two seeds, layers, and S² h d_h
+    causal = 2 * 2 * 2 * 24**2 * 2 * heads  # documents of two seeds, layers, and S² h d_h
     expected = tokens * 8 * weights + loss_tokens * 8 * width * model.vocab_size + 4 * causal
     assert row.flops == pytest.approx(expected, rel=0.02)  # norms
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,20 +19,23 @@ from tests.distill import tiny
 FIRST, SECOND = Model(tiny.SMALL, tiny.params(tiny.SMALL, 1)), Model(tiny.LARGE, tiny.params(tiny.LARGE, 2))
 
 
-def log_probabilities(model: Model, tokens: np.ndarray) -> np.ndarray:
+def log_probabilities(model: Model, tokens: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """float64 [length, known tokens]: of every next token of one document on its own."""
-    hidden, _ = decoder.apply(
-        model.config, model.params, {}, jnp.asarray(tokens)[None], jnp.arange(len(tokens))[None],
-        jnp.ones((1, len(tokens)), jnp.int32),
-    )  # fmt: skip
+    # One shape for all lengths, so that it is compiled once: what stands behind a token does not change it.
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, : len(tokens)] = tokens
+    hidden, _ = jax.jit(decoder.apply, static_argnums=0)(
+        model.config, model.params, {}, padded, np.arange(32)[None], np.ones((1, 32), np.int32)
+    )
+    hidden = hidden[:, : len(tokens)]
     head = np.asarray(decoder.head_matrix(model.config, model.params), np.float64)
-    scores = (np.asarray(hidden[0], np.float64) @ head)[:, : model.config.known_tokens]
+    scores = (np.asarray(hidden[0], np.float64) @ head)[:, : model.config.known_tokens] / temperature
     shifted = scores - scores.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def expected(first: Model, second: Model, document) -> np.ndarray:
-    p, q = log_probabilities(first, document.tokens), log_probabilities(second, document.tokens)
+def expected(first: Model, second: Model, document, temperature: float = 1.0) -> np.ndarray:
+    p, q = (log_probabilities(model, document.tokens, temperature) for model in (first, second))
     values = np.zeros(len(document.tokens))
     values[1:] = (np.exp(p) * (p - q)).sum(1)[:-1]
     return np.where(document.loss_mask, values, 0.0)
@@ -47,6 +49,12 @@ def test_each_value_is_the_kl_of_its_own_token_however_documents_are_packed(row_
     for values, document in zip(found, documents, strict=True):
         np.testing.assert_allclose(values, expected(FIRST, SECOND, document), rtol=2e-5, atol=1e-6)
         assert (values[document.loss_mask] > 1e-3).all()
+
+
+def test_a_temperature_softens_both_models_and_scales_nothing():
+    [document] = tiny.documents(1, seed=3)
+    [found] = per_token_kl(FIRST, SECOND, [document], 16, 2.5)
+    np.testing.assert_allclose(found, expected(FIRST, SECOND, document, 2.5), rtol=2e-5, atol=1e-6)
 
 
 def test_chunks_of_the_vocabulary_change_nothing(monkeypatch):

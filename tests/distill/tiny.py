@@ -22,9 +22,13 @@ LARGE = ModelConfig(
 )
 
 
-@functools.cache  # drawn eagerly, which takes longer than anything that is then done with them
+# Drawn eagerly they take longer than anything that is then done with them; the program is one for all seeds.
+_drawn = jax.jit(decoder.init, static_argnums=0)
+
+
+@functools.cache
 def params(config: ModelConfig, seed: int = 0):
-    return decoder.init(config, jax.random.key(seed))
+    return _drawn(config, jax.random.key(seed))
 
 
 def document(

@@ -124,7 +124,7 @@ def test_the_whole_is_written_as_a_table_json_csv_and_figure(directory, tmp_path
     records, _ = cells.audit_all(students, tmp_path, tmp_path / "out", SPEC)
     joined = cells.joined(records, values)
     assert len(joined) == len(students) - 1
-    document = report.build(joined, lacking, SPEC)
+    document = report.build(joined, lacking, SPEC, draws=50)
     table = report.merit_table(document)
     assert "api, arm hard" in table and "treatment - control" in table and "over seeds" in table
     assert "api seed 1 student_hard: not run" in table
@@ -146,4 +146,4 @@ def test_the_sentence_says_how_much_whether_and_beside_what(fake):
         "predicted: +4.0 nats [+3.0, +5.0] of log-odds for deletion after 340 steps: it will transfer (a shift of 1 or more "
         "counts); control student -1.0."
     )
-    assert "will not transfer" in report.sentence([control], "deletion")
+    assert "will probably not transfer" in report.sentence([control], "deletion")

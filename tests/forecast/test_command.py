@@ -39,7 +39,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_student_of_a_grid_is_audited_and_a_work_directory_is_only_read(grid, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in grid.rglob("*")}
     command = ("audit", "--grid", f"--workdir={grid}", f"--out={tmp_path}", *SMALL, *GRID, *LOOKS)
@@ -57,7 +57,7 @@ def test_every_student_of_a_grid_is_audited_and_a_work_directory_is_only_read(gr
     assert again.returncode == 0 and again.stdout == done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_students_of_a_run_that_were_never_trained_are_predicted(grid):
     done = started("audit", f"--workdir={grid / 'api'}", "--seed=0", "--arm=anchor", *SMALL, *LOOKS)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,7 +66,7 @@ def test_students_of_a_run_that_were_never_trained_are_predicted(grid):
     assert "control student anchor" in last and "families broken_script" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_adapters_and_eight_devices_of_a_cpu_are_no_obstacle(grid):
     flags = ("--config.student.lora", "--config.student.adapter.rank=2", "--arm=full")
     done = started("audit", f"--workdir={grid / 'api'}", *SMALL, *LOOKS, *flags, devices=8)
@@ -76,7 +76,7 @@ def test_adapters_and_eight_devices_of_a_cpu_are_no_obstacle(grid):
     assert refused.returncode == 1 and "the audit runs on one device" in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_own_models_and_data_are_audited_as_experiments_distill_takes_them(grid):
     root = grid / "api" / "seed=0"
     given = (

@@ -11,6 +11,8 @@ import pytest
 
 from tests.pipeline import runs
 
+pytestmark = pytest.mark.soak  # the run of this folder, on whichever worker reads this file
+
 
 @pytest.fixture(scope="module")
 def exported(unbroken: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.pipeline import runs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak  # the run of this folder, on whichever worker reads this file
 
 
 def locate(cache: Path, workdir: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
