@@ -193,7 +193,7 @@ def _own(seeds: Sequence[int]) -> None:
         given,
     )
     paths: dict[str, Any] = {
-        name: Path(flag[name].value) if flag[name].value else None
+        name: Path(value) if (value := flag[name].value) else None
         for name in (
             "teacher",
             "data",
