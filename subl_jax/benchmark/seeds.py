@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -142,7 +142,7 @@ def _one_after_the_other(step: Any, starts: list[tuple[TrainState, Frozen]]) -> 
         jax.block_until_ready(states)
         return np.asarray(losses)
 
-    return Program(OURS, run, _compilations(step))
+    return Program(OURS, run, step._cache_size)
 
 
 def _together(step: Any, start: tuple[TrainState, Frozen]) -> Program:
@@ -155,11 +155,7 @@ def _together(step: Any, start: tuple[TrainState, Frozen]) -> Program:
         jax.block_until_ready(state)
         return np.asarray(found["loss"])
 
-    return Program(TOGETHER, run, _compilations(step), must_compile=True)
-
-
-def _compilations(step: Any) -> Callable[[], int]:
-    return step._cache_size
+    return Program(TOGETHER, run, step._cache_size, must_compile=True)
 
 
 def _batch(draw: np.random.Generator, rows: int, time: int, vocab: int) -> Batch:

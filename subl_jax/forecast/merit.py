@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import stats
 
 from subl_jax.config import STUDENT_OF, suffix_of
 
@@ -43,18 +44,11 @@ class Correlation:
     lead_high: float | None
 
 
-def ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Ranks from 1 up; equal values share the mean of their places."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[place]
-
-
 def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float | None:
     """Spearman's rank correlation: Pearson's of the ranks; None where it is not defined."""
     if len(x) < 3:
         return None
-    one, other = ranks(np.asarray(x, np.float64)), ranks(np.asarray(y, np.float64))
+    one, other = stats.rankdata(x), stats.rankdata(y)
     one, other = one - one.mean(), other - other.mean()
     size = np.sqrt(np.sum(one**2) * np.sum(other**2))
     return None if size == 0 else float(np.sum(one * other) / size)
