@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,21 @@ from tests import annotations
 
 # Before anything imports JAX: the backend is fixed at its first use. (jaxtyping does not import it.)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+_XLA_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    # Most of the suite's time is compiling programs that run once: LLVM's optimizations cost more than they bring here. What
+    # commands run in processes of their own, as a user would start them, is compiled as a user's is.
+    "--xla_backend_optimization_level": 0,
+}
+for _flag, _value in _XLA_FLAGS.items():
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+# Programs are shared between the workers of a session (they inherit this) and the commands that its tests start. Not between
+# sessions: JAX does not write its entries atomically, and a test that kills a process may leave half of one.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="subl_jax_tests_compiled_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # Every annotated function of the library checks its shapes and types at each call. Must precede imports of subl_jax.
 annotations.install()
