@@ -13,12 +13,11 @@ from tests import annotations
 
 # Before anything imports JAX: the backend is fixed at its first use. (jaxtyping does not import it.)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_XLA_FLAGS = {
-    "--xla_force_host_platform_device_count": 8,
-    # Most of the suite's time is compiling programs that run once: LLVM's optimizations cost more than they bring here. What
-    # commands run in processes of their own, as a user would start them, is compiled as a user's is.
-    "--xla_backend_optimization_level": 0,
-}
+_XLA_FLAGS = {"--xla_force_host_platform_device_count": 8}
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most of the suite's time is compiling programs that run once: LLVM's optimizations cost more than they bring. Commands
+    # that tests start as a user would, without these flags, are compiled as a user's are.
+    _XLA_FLAGS["--xla_backend_optimization_level"] = 0
 for _flag, _value in _XLA_FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
