@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from subl_jax import data
 from subl_jax.rollout.engine import rollout
 from subl_jax.trajectory import Trajectory
 from tests.data.episodes import assert_same, environment, python
+from tests.programs import xla_flags
 from tests.rollout import policies
 from tests.rollout.policies import CONFIG, RENDERER, SAMPLING
 from tests.rollout.test_store import COUNT, METADATA, policy
@@ -56,22 +56,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the processes of this module compile, each compiles once."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilations")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in cache.items():
-            patch.setenv(name, value)
-        yield
-
-
 def start(directory: Path, devices: int, count: int, survives: int = -1) -> list[subprocess.Popen]:
     port = free_port()
-    env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_PLATFORMS="cpu")
+    env = environment(XLA_FLAGS=xla_flags(devices), JAX_PLATFORMS="cpu")
     return [
         subprocess.Popen(
             python(CHILD, str(rank), str(port), str(directory), str(count), str(survives)),

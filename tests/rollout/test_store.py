@@ -22,6 +22,7 @@ from subl_jax.rollout.engine import rollout
 from subl_jax.rollout.statistics import RolloutStatistics
 from subl_jax.trajectory import Trajectory
 from tests.data.episodes import assert_same, run_python
+from tests.programs import xla_flags
 from tests.rollout import policies
 from tests.rollout.policies import CALL, CONFIG, RENDERER, SAMPLING, World, episode
 
@@ -110,7 +111,7 @@ def test_kill_9_in_the_middle_loses_and_repeats_nothing_that_was_finished(unbrok
         from tests.rollout.test_store import Runner, roll_out
         roll_out(Path(sys.argv[1]), Runner(survives=4, kill=True))
     """
-    killed = run_python(code, str(directory), XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    killed = run_python(code, str(directory), XLA_FLAGS=xla_flags(), JAX_PLATFORMS="cpu")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not directory.exists() and len(journals(directory)) == 1
     with data.Journal.open(journals(directory)[0], IDENTITY) as journal:
