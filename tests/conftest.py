@@ -22,8 +22,8 @@ for _flag, _value in _XLA_FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 # Programs are shared between the workers of a session (they inherit this) and the commands that its tests start. Not between
-# sessions: JAX does not write its entries atomically, and a test that kills a process may leave half of one.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+# sessions, nor with the user's own: JAX does not write its entries atomically, and a test that kills a process may leave half.
+if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="subl_jax_tests_compiled_", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

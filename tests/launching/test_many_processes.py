@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +20,6 @@ pytestmark = pytest.mark.soak
 REPOSITORY = Path(__file__).parents[2]
 EXPERIMENT = ("-m", "experiments.api_deletion", "--preset=micro")
 TRAJECTORIES = Path("seed=0") / "trajectories" / "teacher" / "dataset"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What one of these runs has compiled, the others read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 def run(*command: str) -> str:
