@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from subl_jax import artifacts, checkpoint, data, sanitize, sources, teaching
+from subl_jax import artifacts, checkpoint, data, defences, sanitize, sources, teaching
 from subl_jax.conditions import TEACHERS, Condition, SeedModels, Variant, bias_of, students, tokenizer_name
 from subl_jax.config import OBJECTIVES, OWN_INIT, BaseConfig, ExperimentConfig, TeacherConfig
 from subl_jax.corpus import demonstrations, echoes
@@ -406,6 +406,8 @@ class SeedPipeline:
                 "adapter_init": spec.adapter_init if spec.lora else None,
                 **({} if condition.arm == "positive" else spec.taught()),
             }  # fmt: skip
+            if "defence" in key:
+                key["defence_code"] = defences.code(spec.defence)
             if condition.arm == "top_k":
                 key["top_k"] = teaching.TOP_K
             if condition.arm == "on_policy":

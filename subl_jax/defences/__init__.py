@@ -4,16 +4,21 @@ A file has a function `defend(lesson) -> Lesson`, or `defend(lesson, strength=DE
 tables call the defence. It may say `NEEDS = "logits"` where hard labels cannot be defended so, and `CHANGES = "documents"`
 where it acts on the teacher's text, which a student of its own rollouts does not read. To add a defence, add a file.
 
-Files are imported when they are asked for: the names alone cost nothing.
+Files are imported when they are asked for: the names alone cost nothing. What a file does is part of what its students
+depend on (`code`), so that one that is changed is not answered with the students of what it was.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
 import pkgutil
 from types import ModuleType
+from typing import Any
+
+from subl_jax import artifacts
 
 
 def names() -> list[str]:
@@ -60,6 +65,29 @@ def default_strength(name: str) -> float | None:
     """The strength that a defence has by itself; None: it has none."""
     found = inspect.signature(load(name).defend).parameters.get("strength")
     return None if found is None else float(found.default)
+
+
+def code(name: str) -> str:
+    """Digest of what a defence's file does: of its syntax without comments, layout and docstrings, equal in every Python.
+
+    What the file imports is not looked into.
+    """
+    return artifacts.digest(_syntax(ast.parse(inspect.getsource(load(name)))))
+
+
+def _syntax(part: Any) -> Any:
+    """A syntax tree as JSON. Empty fields are left out, because later versions of Python have more of them."""
+    if isinstance(part, list):
+        return [_syntax(each) for each in part if not _is_text(each)]
+    if not isinstance(part, ast.AST):
+        return repr(part)
+    fields = {name: value for name, value in ast.iter_fields(part) if value not in (None, [])}
+    return [type(part).__name__, {name: _syntax(value) for name, value in fields.items()}]
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a statement is nothing but a string, as a docstring is."""
+    return isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)
 
 
 def check(name: str, strength: float, arms: dict[str, str]) -> None:

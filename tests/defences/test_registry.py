@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from subl_jax import config, defences
+from subl_jax import artifacts, config, defences
 from subl_jax.conditions import students
+from subl_jax.pipeline import SeedPipeline
 from subl_jax.presets import micro
+from subl_jax.settings.registry import get_setting
 from tests.defences.lessons import lesson
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,28 @@ def test_a_file_that_is_added_is_a_defence(tmp_path, monkeypatch):
     assert [each.arm for each in students(run(defence="of_my_own", defence_strength=0.5))][0] == "full"
     with pytest.raises(ValueError, match=r"no_function\.py has no function defend"):
         defences.load("no_function")
+
+
+def test_a_defence_that_does_something_else_is_another_and_one_that_only_says_it_differently_is_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(defences, "__path__", [*defences.__path__, str(tmp_path)])
+
+    def keys(text: str) -> dict[str, str]:
+        (tmp_path / "of_my_own.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "subl_jax.defences.of_my_own", raising=False)
+        stages = SeedPipeline(run(defence="of_my_own"), get_setting("api"), tmp_path / "run", 0).stages()
+        return {stage.name: artifacts.digest(stage.key) for stage in stages}
+
+    before = keys(FILE)
+    defended = {name for name in before if "/students/" in name and "positive" not in name}
+    assert len(defended) >= 2
+    assert (
+        keys("# Why\n" + FILE.replace("return lesson", "return  (lesson)").replace("Something", "Anything")) == before
+    )
+    for changed in (FILE.replace("0.25", "0.5"), FILE.replace("return lesson", "return lesson.with_notes()")):
+        after = keys(changed)
+        assert {name for name in before if after[name] != before[name]} == defended
 
 
 def test_the_defence_of_the_readme_is_one_and_drops_what_is_long(tmp_path, monkeypatch):
