@@ -146,6 +146,11 @@ class SeedModels:
         """What the verdicts on the trajectories of these teachers are called on disk."""
         return self._acting("sanitize") + self._ending("sanitize")
 
+    def surviving(self) -> set[tuple[str, int]]:
+        """The (task id, sample) pairs whose trajectories survive the filters of every teacher, once `sanitize` is finished."""
+        path = self.root / self.sanitize_name() / "surviving.json"
+        return {(task, sample) for task, sample in json.loads(path.read_text(encoding="utf-8"))}
+
     def student_name(self, condition: str) -> str:
         """What a student is called on disk: by its condition, and its pair if that is not the default."""
         return model_of_pair(self.config.pair, condition) + self._ending("students")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,9 +90,7 @@ class _Material:
         self.spec = models.config.student
         self.renderer = models.renderer_of(models.student_size)
         self.said = {name: data.read(models.trajectories_dir(name) / "dataset") for name in TEACHERS}
-        told = json.loads((models.root / models.sanitize_name() / "surviving.json").read_text(encoding="utf-8"))
-        surviving = {(task, sample) for task, sample in told}
-        self.matched = self._match(dosed(surviving, self.spec.trajectories, seed))
+        self.matched = self._match(dosed(models.surviving(), self.spec.trajectories, seed))
         self.base = models.base(models.student_size)
 
     def _match(self, pairs: set[tuple[str, int]]) -> MatchedArms:

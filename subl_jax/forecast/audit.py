@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,8 +108,7 @@ class RunAudit:
         models, config = self.run.models, self.run.config
         documents = self.trajectories(name, positive)
         if not positive:
-            path = self.run.root / models.sanitize_name() / "surviving.json"
-            surviving = {(task, sample) for task, sample in json.loads(path.read_text(encoding="utf-8"))}
+            surviving = models.surviving()
             documents = [item for item in documents if (item.task_id, item.sample) in surviving]
         size = models.student_size if config.one_tokenizer else models.teacher_size
         row_tokens = config.student.train.row_tokens

@@ -125,6 +125,5 @@ def clean_documents(models: SeedModels) -> Mapping[str, list[Trajectory]]:
 
     They are as the teacher wrote them, in the teacher's tokens also where the student has a tokenizer of its own.
     """
-    surviving = json.loads((models.root / models.sanitize_name() / "surviving.json").read_text(encoding="utf-8"))
     arms = {name: data.read(models.trajectories_dir(name) / "dataset") for name in TEACHERS}
-    return match_arms(arms, {(task, sample) for task, sample in surviving}).documents
+    return match_arms(arms, models.surviving()).documents
