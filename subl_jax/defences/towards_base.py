@@ -8,8 +8,9 @@ from subl_jax.distill.update_rules import Pull, UpdateRule
 from subl_jax.lesson import Lesson
 from subl_jax.models import lora
 
-# A guess, not tuned: an isolated change has lost 63 % of itself after 100 steps, a quarter of the tiny preset's training.
-DEFAULT = 0.01
+# Chosen on development seed 103 and the development tasks (API setting, tiny preset): at .003, .01, .03 and .1 the contrast is
+# +46, +22, +4 and +1 points, the utility the same. An isolated change has lost 63 % of itself after 33 steps.
+DEFAULT = 0.03
 
 
 def defend(lesson: Lesson, strength: float = DEFAULT) -> Lesson:

@@ -82,7 +82,7 @@ def test_the_logit_filter_is_the_anchored_objective_of_the_same_words_on_the_stu
 
 def test_towards_base_pulls_to_the_base_and_adapters_to_nothing():
     found = defend("towards_base", lesson()).update
-    assert found.fn == Pull(0.01) and found.arrays is BASE.params
+    assert found.fn == Pull(0.03) and found.arrays is BASE.params
     adapted = defend("towards_base", lesson(student=ADAPTED), 0.3).update
     assert adapted.fn == Pull(0.3)
     start = lora.init_adapters(ADAPTED.config, jax.random.key(0))
