@@ -125,20 +125,21 @@ def of_cells(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def probe() -> float:
-    """Seconds that this machine takes for a fixed piece of work: small products in NumPy, and plain Python.
+    """Seconds of a core that this machine takes for a fixed piece of work: NumPy element by element, and plain Python.
 
-    Half of a grid's time is arithmetic and half is bookkeeping, tools and sandboxes. The best of three, so that what else
-    runs here at the moment counts little.
+    Half of a grid's time is arithmetic and half is bookkeeping, tools and sandboxes. Of this thread's own time, the best of
+    three: what else runs here counts little. A product of matrices would not do: its threads wait for each other, and on
+    two busy cores it has taken forty times as long.
     """
-    matrix = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+    numbers = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     found = []
     for _ in range(3):
-        began = time.perf_counter()
-        for _ in range(100):
-            np.matmul(matrix, matrix)
+        began = time.thread_time()
+        for _ in range(10):
+            np.sort(np.exp(numbers))
         text = json.dumps({str(number): number for number in range(20_000)})
         json.loads(text)
-        found.append(time.perf_counter() - began)
+        found.append(time.thread_time() - began)
     return min(found)
 
 

@@ -133,7 +133,7 @@ def variant_of(config: ExperimentConfig, overrides: Mapping[str, Any], *, positi
         others = {name: other for name, other in found.items() if name != field}
         for before, after in (({}, {field: value}), (others, found)):
             # A value may need another one's, or another one's need it: then the other comparison tells.
-            with contextlib.suppress(SweepError):
+            with contextlib.suppress(ValueError):
                 reached[field] |= _reached(with_only(before), with_only(after))
     together = _reached(with_only({}), whole).difference(*reached.values())
     for field, families in reached.items():

@@ -63,6 +63,12 @@ SWEEPS: dict[str, tuple[ExperimentConfig, Sweep]] = {
         levels(a={"student.train.optimizer.name": "sgd"},
                b={"student.train.optimizer.name": "sgd", "student.train.optimizer.momentum": 0.9}),
     ),
+    "a strength that only some defences have": (
+        CONFIG,
+        levels(a={"student.defence": "towards_base"},
+               b={"student.defence": "towards_base", "student.defence_strength": 0.1},
+               c={"student.defence": "dilution", "student.defence_strength": 0.1}),
+    ),
     "pairs and arms": (
         CONFIG,
         levels(a={"pair": "large_small"}, b={"pair": "large_foreign_init", "student.objectives": "hard"},
