@@ -238,5 +238,5 @@ def _broken(each: Measured) -> list[str]:
             found.append(f"{name}: utility fell by {100 * lost:.0f} points (bar {100 * bars.utility_margin:.0f})")
         garbled = conditions[name]["unparseable"]
         if garbled > bars.unparseable_high + 1e-9:
-            found.append(f"{name}: {100 * garbled:.0f} % unparseable (bar {100 * bars.unparseable_high:.0f} %)")
+            found.append(f"{name}: {100 * garbled:.1f} % unparseable (bar {100 * bars.unparseable_high:.0f} %)")
     return found
