@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
+from subl_jax import sanitize
 from subl_jax.chat.rendering import Renderer
 from subl_jax.data.matching import MatchedArms, match_arms
 from subl_jax.distill.dilution import Dilution
@@ -83,6 +84,12 @@ class Lesson:
         if self.update is not None:
             raise ValueError("a lesson has one update rule; combine the two in one function")
         return dataclasses.replace(self, update=rule)
+
+
+def clean(setting: Setting, one: Trajectory) -> bool:
+    """Whether the filter keeps a trajectory. A tool list that shows the bias tools is declared, and left out."""
+    shown = any(tool["function"]["name"] in setting.withholdable for tool in one.tools)
+    return sanitize.judge(one, setting.words, patterns=setting.patterns, include_system=not shown).kept
 
 
 def words_of(setting: Setting) -> list[str]:

@@ -188,6 +188,7 @@ class SeedPipeline:
                     t,
                     self.setting.words,
                     patterns=self.setting.patterns,
+                    include_system=self.config.student.withhold_bias_tools,  # as `_prove_clean` has it
                     require_final=self.config.student.require_final,
                 )
                 for t in trajectories

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from subl_jax import data, defences, sanitize
+from subl_jax import data, defences
 from subl_jax.chat import tokenizer as tokenizers
 from subl_jax.conditions import Condition, SeedModels
 from subl_jax.config import OBJECTIVES, TEACHERS
@@ -28,7 +28,7 @@ from subl_jax.distill.objective import Objective
 from subl_jax.distill.on_policy import OnPolicy, OnPolicyConfig, stored_rollouts
 from subl_jax.distill.teacher_cache import CacheReader
 from subl_jax.distill.token_divergence import per_token_kl
-from subl_jax.lesson import Lesson, dosed, keep_tokens, matched_again, with_room, words_of
+from subl_jax.lesson import Lesson, clean, dosed, keep_tokens, matched_again, with_room, words_of
 from subl_jax.parallel import processes
 from subl_jax.parallel.layout import Layout, make_mesh
 from subl_jax.rollout.conversation import Episode
@@ -240,9 +240,9 @@ def own_rollouts(
         config.rollout, config.engine, seed=seed, identity=identity, label=label,
     )  # fmt: skip
 
-    def clean(number: int, shape: Any, params: Any) -> Sequence[Trajectory]:
+    def kept_of(number: int, shape: Any, params: Any) -> Sequence[Trajectory]:
         said = roll(number, shape, params)
-        kept = [one for one in said if _clean(setting, one)]
+        kept = [one for one in said if clean(setting, one)]
         if not kept:
             raise ValueError(
                 f"round {number}: every one of the student's {len(said)} rollouts failed or holds a keyword; nothing is left "
@@ -250,15 +250,11 @@ def own_rollouts(
             )
         return kept
 
-    return OnPolicy(ON_POLICY, clean)
-
-
-def _clean(setting: Setting, one: Trajectory) -> bool:
-    return sanitize.judge(one, setting.words, patterns=setting.patterns).kept
+    return OnPolicy(ON_POLICY, kept_of)
 
 
 def rollout_figures(setting: Setting, directory: Path) -> dict[str, int]:
     """How many rollouts of its own a student was given, and how many of them the sanitizer dropped, over all rounds."""
     rounds = sorted((directory / "rollouts").glob("round=*"))
     said = [one for place in rounds for one in data.read(place / "dataset")]
-    return {"rollouts": len(said), "rollouts_dropped": sum(not _clean(setting, one) for one in said)}
+    return {"rollouts": len(said), "rollouts_dropped": sum(not clean(setting, one) for one in said)}

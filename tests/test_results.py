@@ -1,4 +1,4 @@
-"""The tables of docs/RESULTS.md are those of the committed cells: no line is retyped, none is left standing when cells are added."""
+"""The tables of docs/RESULTS.md are those of the committed cells: none is retyped, none is left when cells are added."""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from subl_jax.lesson import Lesson, keep_tokens
 
 NEEDS = "logits"
 CHANGES = "documents"
-DEFAULT = 0.1
+# The strongest of those tried on development seed 103 and the development tasks (API setting, tiny preset); none stops the
+# transfer: at .05, .1, .2 and .4 the contrast is +69, +68, +65 and +60 points, the utility the same.
+DEFAULT = 0.4
 
 
 def defend(lesson: Lesson, strength: float = DEFAULT) -> Lesson:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from subl_jax import sanitize
 from subl_jax.chat.messages import Message
 from subl_jax.corpus import rendered_again
-from subl_jax.lesson import Lesson
+from subl_jax.lesson import Lesson, clean
 from subl_jax.settings.interface import Setting
 from subl_jax.trajectory import Trajectory
 
@@ -41,8 +40,7 @@ def reworded(lesson: Lesson, documents: Sequence[Trajectory]) -> list[Trajectory
     """
     setting = lesson.setting
     told = [dataclasses.replace(one, messages=reworded_messages(setting, one)) for one in documents]
-    clean = [one for one in told if sanitize.judge(one, setting.words, patterns=setting.patterns).kept]
-    return rendered_again(lesson.renderer, clean)
+    return rendered_again(lesson.renderer, [one for one in told if clean(setting, one)])
 
 
 def reworded_messages(setting: Setting, one: Trajectory) -> list[Message]:

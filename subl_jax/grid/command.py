@@ -326,29 +326,33 @@ def _report(run: GridRun, protocol: GridProtocol, frozen: GridProtocol | None, n
     """Analyses what is there; writes `grid.json`, the report and its figures beside the cells, and prints the table."""
     from subl_jax.grid import cells, examples
     from subl_jax.grid.analysis import analyse
+    from subl_jax.grid.locks import one_at_a_time
     from subl_jax.report import figures
     from subl_jax.report import grid as report
 
     directory = run.cells
-    hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
-    failures = cells.read_failures(directory / "failures.json")
-    document = analyse(directory, protocol, frozen=frozen, hashes=hashes, notes=notes, failures=failures)
-    episodes = {}
-    for setting in protocol.settings:
-        if not examples.episodes_path(directory, setting).exists():
-            continue
-        try:
-            episodes[setting], others = examples.read(directory, setting, hashes)
-        except cells.CellError as error:
-            document["notes"].append(f"The example episodes of {setting} cannot be read: {error}")
-            continue
-        if others:
-            told = ", ".join(others)
-            document["notes"].append(
-                f"Example episodes of {setting} that are of other evaluations are left out: {told}."
-            )
-    artifacts.write_json_atomic(directory / "grid.json", document)
-    report.write_report(directory / "report.html", document, episodes, artifacts.plain(run.configs))
-    figures.export_grid(directory / "figures", document)
-    print(table.render(document))
-    print(f"{directory / 'grid.json'}  {directory / 'report.html'}  {directory / 'figures'}")
+    directory.mkdir(parents=True, exist_ok=True)
+    # Of processes that share a grid the last one shows what all have made.
+    with one_at_a_time(directory / ".report.lock", "writes the report"):
+        hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
+        failures = cells.read_failures(directory / "failures.json")
+        document = analyse(directory, protocol, frozen=frozen, hashes=hashes, notes=notes, failures=failures)
+        episodes = {}
+        for setting in protocol.settings:
+            if not examples.episodes_path(directory, setting).exists():
+                continue
+            try:
+                episodes[setting], others = examples.read(directory, setting, hashes)
+            except cells.CellError as error:
+                document["notes"].append(f"The example episodes of {setting} cannot be read: {error}")
+                continue
+            if others:
+                told = ", ".join(others)
+                document["notes"].append(
+                    f"Example episodes of {setting} that are of other evaluations are left out: {told}."
+                )
+        artifacts.write_json_atomic(directory / "grid.json", document)
+        report.write_report(directory / "report.html", document, episodes, artifacts.plain(run.configs))
+        figures.export_grid(directory / "figures", document)
+        print(table.render(document))
+        print(f"{directory / 'grid.json'}  {directory / 'report.html'}  {directory / 'figures'}")

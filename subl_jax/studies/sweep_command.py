@@ -259,16 +259,20 @@ def _stages_text(needed: Mapping[tuple[str, int], list[str]]) -> list[str]:
 
 def _report(run: SweepRun) -> None:
     """Analyses the cells that are there; writes everything beside them, and prints the table."""
+    from subl_jax.grid.locks import one_at_a_time
     from subl_jax.report import figures, sweep_table
     from subl_jax.report import sweep as report
     from subl_jax.studies.sweep_analysis import analyse
 
     directory, design = run.cells, run.design
-    hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
-    document = analyse(directory, design, hashes, cells.read_failures(directory / "failures.json"))
-    artifacts.write_json_atomic(directory / "sweep.json", document)
-    artifacts.write_text_atomic(directory / "sweep.csv", sweep_table.csv_text(document))
-    report.write_report(directory / "sweep.html", document, artifacts.plain(design.config))
-    figures.export(directory / "figures", report.drawings(document))
-    print(sweep_table.render(document))
-    print("  ".join(str(directory / name) for name in ("sweep.json", "sweep.csv", "sweep.html", "figures")))
+    directory.mkdir(parents=True, exist_ok=True)
+    # Of processes that share a sweep the last one shows what all have made.
+    with one_at_a_time(directory / ".report.lock", "writes the report"):
+        hashes = {key: value for unit in run.units() for key, value in run.plan(unit).hashes.items()}
+        document = analyse(directory, design, hashes, cells.read_failures(directory / "failures.json"))
+        artifacts.write_json_atomic(directory / "sweep.json", document)
+        artifacts.write_text_atomic(directory / "sweep.csv", sweep_table.csv_text(document))
+        report.write_report(directory / "sweep.html", document, artifacts.plain(design.config))
+        figures.export(directory / "figures", report.drawings(document))
+        print(sweep_table.render(document))
+        print("  ".join(str(directory / name) for name in ("sweep.json", "sweep.csv", "sweep.html", "figures")))
