@@ -263,9 +263,6 @@ def test_own_rollouts_are_sanitized_and_withhold_what_the_teachers_list_did(tmp_
     known = {task.task_id for task in SETTING.tasks("safe", "train", 2, micro().student.safe_tasks)}
     assert len(episodes) == own.config.episodes and {episode.task.task_id for episode in episodes} == known
     assert {tool["function"]["name"] for tool in episodes[0].environment().tools()}.isdisjoint(SETTING.withholdable)
-    monkeypatch.setattr(teaching.sanitize, "judge", lambda *a, **k: dataclasses.replace(JUDGED, kept=False))
+    monkeypatch.setattr(teaching, "clean", lambda *a: False)
     with pytest.raises(ValueError, match="round 3: every one of the student's 40 rollouts"):
         own.rollouts(3, CONFIG, None)
-
-
-JUDGED = sanitize.Verdict(0, "t", 0, True, None, ())
