@@ -76,7 +76,10 @@ def _draw_trace(axes: Axes, trace: Trace, colour: str, ink: str, plain: Plain) -
         )  # fmt: skip
         if mark.letter:
             told = f"{mark.letter} broken" if mark.broken else mark.letter
-            axes.annotate(told, (mark.x, mark.y), (5, 5), textcoords="offset points", color=ink, fontsize=8)
+            beside: dict[str, Any] = (
+                {"xytext": (-6, -6), "ha": "right", "va": "top"} if mark.broken else {"xytext": (5, 5)}
+            )
+            axes.annotate(told, (mark.x, mark.y), textcoords="offset points", color=ink, fontsize=8, **beside)
             axes.plot([], [], marker="", linestyle="", label=plain(f"{mark.letter}  {_named(mark)}"))
     if trace.label:
         axes.plot([], [], "o-" if trace.joined else "o", color=colour, markersize=5, label=plain(trace.label))

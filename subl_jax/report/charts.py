@@ -245,18 +245,18 @@ def _trace(trace: Trace, drawing: Chart) -> str:
         for x, y in mark.seeds.values() if len(mark.seeds) > 1 else ():
             left, up = at(x, y)
             parts.append(f'<circle cx="{left}" cy="{up}" r="2.6" fill="none" stroke="{colour}" stroke-width="1.1"/>')
-        left, up = at(mark.x, mark.y)
+        place = at(mark.x, mark.y)
         if mark.broken:
             shape = f'<path d="M-5-5L5 5M-5 5L5-5" stroke="{colour}" stroke-width="2.6" fill="none"/>'
         else:
             shape = f'<circle r="4.6" fill="{colour}"/>'
-        # Near the right edge a letter stands on the left, where there is room.
-        right = _share(mark.x, drawing.x.domain) > 80
+        # Near the right edge a letter stands on the left, where there is room; a broken mark's below, out of others' way.
+        right, up = _share(mark.x, drawing.x.domain) > 80 or mark.broken, 15 if mark.broken else -7
         told = f"{mark.letter} broken" if mark.letter and mark.broken else mark.letter
         text = (
-            f'<text x="{-9 if right else 9}" y="-7" text-anchor="{"end" if right else "start"}">{escape(told)}</text>'
+            f'<text x="{-9 if right else 9}" y="{up}" text-anchor="{"end" if right else "start"}">{escape(told)}</text>'
         )
-        parts.append(f'<svg x="{left}" y="{up}">{shape}{text if told else ""}</svg>')
+        parts.append(f'<svg x="{place[0]}" y="{place[1]}">{shape}{text if told else ""}</svg>')
     return "".join(parts)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from subl_jax.evaluate.protocol import Targets
 from subl_jax.report import charts, plots, sections
 from subl_jax.report.charts import Chart, Heat, Mark, Trace
 from subl_jax.report.table import size_text
@@ -192,7 +193,9 @@ def defences(document: Document) -> Chart:
         ]  # fmt: skip
 
     every = [value for row in rows for value in (row["removed"], *(row["removed_ci95"] or ()))]
-    costs = [value for row in rows for value in (row["utility_lost"], *(row["utility_lost_ci95"] or ()))]
+    # At least as wide as what counts as broken: noise of a point or two is not to look like a spread.
+    bar = Targets().utility_margin
+    costs = [-bar, bar] + [value for row in rows for value in (row["utility_lost"], *(row["utility_lost_ci95"] or ()))]
     return Chart(
         "defences",
         f"Transfer removed against utility lost, compared with “{against}”",
