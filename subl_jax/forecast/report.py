@@ -16,6 +16,7 @@ from subl_jax.forecast.baselines import BASELINES
 from subl_jax.forecast.cells import MEASURES
 from subl_jax.forecast.merit import AUDIT, DRAWS, Correlation, correlations, groups
 from subl_jax.forecast.prediction import Prediction, verdict
+from subl_jax.grid.locks import one_at_a_time
 from subl_jax.report import figures, plots
 from subl_jax.report.table import MISSING, aligned, number
 
@@ -199,9 +200,10 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
 def write(out: Path, document: Mapping[str, Any]) -> None:
     """Writes `audit.json`, `audit.csv` and `figures/`."""
     out.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json_atomic(out / "audit.json", document)
-    artifacts.write_text_atomic(out / "audit.csv", csv_text(document["records"]))
-    figures.export(out / "figures", [drawing(document["records"])])
+    with one_at_a_time(out / ".report.lock", "writes the report"):  # processes may share a grid's audits, seed by seed
+        artifacts.write_json_atomic(out / "audit.json", document)
+        artifacts.write_text_atomic(out / "audit.csv", csv_text(document["records"]))
+        figures.export(out / "figures", [drawing(document["records"])])
 
 
 def order(condition: str, arm: str) -> int:
