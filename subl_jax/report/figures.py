@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from subl_jax.artifacts import atomic_directory
 from subl_jax.report import chart_files, charts, html, on_policy, panels, plots
@@ -311,8 +312,9 @@ def _lines(axes: Axes, drawing: plots.Lines, colours: Mapping[str, str]) -> None
             markersize=4, label=f"_{line.label}" if line.label in named else _plain(line.label),
         )  # fmt: skip
         named.add(line.label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps and layers have no fractions
     if named:
-        axes.legend(frameon=False, labelcolor=colours["ink"])
+        axes.legend(frameon=False, labelcolor=colours["ink"], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _bands(axes: Axes, drawing: plots.Bands, colours: Mapping[str, str]) -> None:
