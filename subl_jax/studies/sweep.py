@@ -21,7 +21,7 @@ from subl_jax import config as configuration
 from subl_jax import sources
 from subl_jax.config import STUDENT_OF, TEACHERS, ExperimentConfig, suffix_of
 
-ARM = "student.objectives"
+ARM, DEFENCE = "student.objectives", "student.defence"
 # Fields that no level may have -> why, and what to do instead.
 REFUSED = {
     "setting": "two settings share no task and no rate; run the sweep once for each, with --setting",
@@ -220,7 +220,7 @@ def from_flags(
       vary: "FIELD=VALUE,VALUE,…" each.
       config: the reference configuration.
       name: of the sweep; empty: the fields' short names.
-      reference: a level's label; empty: the level that is the configuration itself, or the first.
+      reference: a level's label; empty: the level that is the configuration itself, or the first; of defences "none".
       short: a field's short name.
 
     Raises:
@@ -244,6 +244,10 @@ def from_flags(
         at = () if flat else tuple(map(_place, chosen))
         levels.append(Level(" / ".join(parts), dict(zip(fields, chosen, strict=True)), at))
     same = [level.label for level in levels if not changes(config, level.overrides)]
+    # Defences are read against none at all, and on their chart.
+    defended = fields == [DEFENCE]
+    if defended:
+        same = [level.label for level in levels if level.label == "none"] or same
     told = " and ".join(field.replace("_", " ").replace(".", " ") for field in fields)
     return Sweep(
         name or "_x_".join(map(short, fields)),
@@ -251,6 +255,7 @@ def from_flags(
         ("level",) if flat else tuple(fields),
         tuple(levels),
         reference or next(iter(same), levels[0].label),
+        "defences" if defended else "",
     )
 
 

@@ -98,6 +98,8 @@ def test_the_reference_is_the_level_that_is_the_configuration_itself_or_the_firs
     assert varied("student.temperature=1,2,4").reference == "2"  # the preset's
     assert varied("student.temperature=1,4").reference == "1"
     assert varied("student.temperature=1,4", reference="4").reference == "4"
+    assert varied("student.defence=paraphrase,none,keywords").reference == "none"
+    assert varied("student.defence=paraphrase,keywords").reference == "keywords"  # the preset's
     with pytest.raises(SweepError, match=r"the reference '44' is no level.*did you mean 4\?"):
         varied("student.temperature=1,4", reference="44")
 
@@ -148,6 +150,12 @@ def test_a_dissection_is_called_by_its_name_and_compares_every_level_with_one_of
         assert each.name == name and each.title.endswith("?")
         for level in each.levels:
             assert each.against(level) in {other.label for other in each.levels}
+
+
+def test_defences_that_are_named_on_the_command_line_have_their_chart_and_nothing_else_has():
+    assert varied("student.defence=none,paraphrase").chart == "defences"
+    assert varied("student.temperature=1,2").chart == ""
+    assert sweep.from_flags(("student.defence=none,dilution", "student.temperature=1,2"), CONFIG).chart == ""
 
 
 def test_every_level_but_one_has_another_reference_only_where_it_says_so():
