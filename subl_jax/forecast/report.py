@@ -165,10 +165,13 @@ def _with_limits(value: float | None, low: float | None, high: float | None) -> 
 
 
 def drawing(records: Sequence[Mapping[str, Any]]) -> plots.Points:
-    """Predicted against measured shift of every student: colours by teacher, marks by pair and arm."""
+    """Predicted against measured shift of every student: colours by teacher, marks by setting and arm.
+
+    Pairs are told in `audit.csv`: a mark for each would leave the points no room beside the legend.
+    """
     kinds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for record in records:
-        kinds.setdefault((f"{record['pair']} {record['arm']}", record["teacher"]), []).append(record)
+        kinds.setdefault((f"{record['setting']} {record['arm']}", record["teacher"]), []).append(record)
     series = [
         plots.Series(
             f"{kind}, {STUDENT_OF[teacher].replace('_', ' ')}",
