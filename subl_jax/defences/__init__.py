@@ -68,7 +68,7 @@ def default_strength(name: str) -> float | None:
 
 
 def code(name: str) -> str:
-    """Digest of what a defence's file does: of its syntax without comments, layout and docstrings, equal in every Python.
+    """Digest of what a defence's file does: of its syntax, without comments, layout and docstrings.
 
     What the file imports is not looked into.
     """
